@@ -1,0 +1,100 @@
+"""Files that are whole or absent: write aside and rename, one lock a resource.
+
+A reader never sees half a file, and a process killed at any instruction leaves the old file in place.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from activations.errors import InputError
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file or a folder to; rename it onto `path` on success.
+
+    The temporary name is fixed, so what a killed writer left is overwritten by the next one. A folder may only replace
+    nothing; a file replaces the old file.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, aside and renamed."""
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError when the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: expected a file written by a `sae` command.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or make it again.") from None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for the block, or raise InputError naming the holder.
+
+    The operating system's lock ends with its process, so that of a dead holder is free at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = FileLock(path)
+    try:
+        holder.acquire(timeout=0)
+    except Timeout:
+        who = path.with_suffix(".holder")
+        name = who.read_text(encoding="utf-8") if who.exists() else "another process"
+        raise InputError(f"{path.parent} is in use by {name}: wait for it, or stop it, then try again.") from None
+    try:
+        path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        holder.release()
+
+
+def safe_name(name: str) -> str:
+    """Return `name` if it can be one component of a path inside a run, else raise InputError."""
+    if not name or name.startswith(".") or len(name) > 200 or any(c in name for c in '/\\:\0\n*?"<>|'):
+        raise InputError(
+            f"{name!r} cannot be a name: expected letters, digits, '-', '_' or '.', not starting with '.'."
+        )
+    return name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's own entries and files, to the disk."""
+    for each in [*path.iterdir(), path] if path.is_dir() else [path]:
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,127 @@
+"""A run is a folder: one model, one corpus, the activations cached from them, any number of dictionaries.
+
+`run.json` says what the run is made of; a later command that disagrees with it is refused.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from activations.errors import InputError
+from activations.files import read_json, safe_name, write_json
+from activations.shards import CachedActivations
+
+FORMAT = 1
+_IDENTITY = ("model", "revision", "model_dtype", "corpus", "corpus_hash", "context", "n_tokens")
+
+
+class Run:
+    """The folder `path` and its `meta` (run.json). Made by `Run.open` or `Run.create`."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = meta
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open a run. Raises InputError when the folder is none."""
+        path = Path(path)
+        if not (path / "run.json").exists():
+            raise InputError(f"{path} is no run: expected a folder with run.json. Make one with `sae collect {path}`.")
+        meta = read_json(path / "run.json")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise InputError(
+                f"{path / 'run.json'} has another format than {FORMAT}: it is damaged or from a newer version."
+            )
+        return cls(path, meta)
+
+    @classmethod
+    def create(cls, path: str | Path, **identity: Any) -> "Run":
+        """Open the run when it is there and agrees with `identity`, else make it.
+
+        identity: model, revision, model_dtype, corpus, corpus_hash, context, n_tokens.
+        Raises InputError naming the first thing that differs.
+        """
+        assert set(identity) == set(_IDENTITY), sorted(set(identity) ^ set(_IDENTITY))
+        path = Path(path)
+        if (path / "run.json").exists():
+            run = cls.open(path)
+            for key in _IDENTITY:
+                if run.meta.get(key) != identity[key]:
+                    raise InputError(
+                        f"{path} was made with {key} {run.meta.get(key)!r}, not {identity[key]!r}: "
+                        "use the same, or give the new run another folder."
+                    )
+            return run
+        safe_name(path.resolve().name)
+        provenance = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **versions()}
+        write_json(path / "run.json", {"format": FORMAT, **identity, **provenance})
+        return cls.open(path)
+
+    def hooks(self) -> list[str]:
+        """Hooks with cached activations, finished or not."""
+        folder = self.path / "activations"
+        return sorted(p.parent.name for p in folder.glob("*/manifest.json") if p.parent.name != "tokens")
+
+    def activations(self, hook: str) -> CachedActivations:
+        """The cached activations of one hook. Raises InputError when they are missing or unfinished."""
+        if hook not in self.hooks():
+            have = ", ".join(self.hooks()) or "none"
+            raise InputError(
+                f"{self.path} has no activations at {hook!r} (it has: {have}): "
+                f"run `sae collect {self.path} --hook {hook}`."
+            )
+        return CachedActivations(self.path / "activations", hook)
+
+    def dictionaries(self) -> list[Path]:
+        """Folders of the run's trained dictionaries, by name."""
+        return sorted(p.parent for p in (self.path / "dictionaries").glob("*/cfg.json"))
+
+    def dictionary(self, name: str) -> Path:
+        """Where the dictionary `name` of this run is or will be."""
+        return self.path / "dictionaries" / safe_name(name)
+
+
+def dictionary_folder(address: str | Path) -> Path:
+    """The folder of a dictionary, from RUN (its only one), RUN/ID, or the folder itself.
+
+    Raises InputError with the choices when RUN has none or several.
+    """
+    path = Path(address)
+    if (path / "cfg.json").exists():
+        return path
+    if (path.parent / "run.json").exists():
+        run, name = Run.open(path.parent), path.name
+        if run.dictionary(name).joinpath("cfg.json").exists():
+            return run.dictionary(name)
+        choices = ", ".join(f"{run.path / p.name}" for p in run.dictionaries()) or "none yet; run `sae train`"
+        raise InputError(f"{run.path} has no dictionary {name!r}: expected one of {choices}.")
+    run = Run.open(path)
+    found = run.dictionaries()
+    if not found:
+        raise InputError(f"{run.path} has no dictionary yet: run `sae train {run.path} --arch topk`.")
+    if len(found) > 1:
+        raise InputError(
+            f"{run.path} has {len(found)} dictionaries: name one of " + ", ".join(str(run.path / p.name) for p in found)
+        )
+    return found[0]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the git commit of a checkout, for provenance."""
+    packages = ("sae-workbench", "torch", "transformers")
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    here = Path(__file__).resolve().parent.parent
+    if (here / ".git").exists():
+        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+        if done.returncode == 0:
+            found["git"] = done.stdout.strip()
+    return found

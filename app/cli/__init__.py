@@ -1,0 +1,97 @@
+"""The `sae` command. Each command is a module here, imported when it is used, with a click command named `command`.
+
+So `sae --help` takes no torch. What a caller got wrong becomes one line on stderr and exit 1; a bug keeps its
+traceback.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_COMMANDS = {
+    "demo": "The whole pipeline on the embedded model and corpus.",
+    "collect": "Cache a model's activations.",
+    "train": "Train one dictionary.",
+    "eval": "Measure a dictionary.",
+    "index": "Build the feature store.",
+    "label": "Explain features and score the explanations.",
+    "steer": "Base and steered text side by side.",
+    "runs": "List runs with their sizes.",
+    "app": "Open the workbench in the browser.",
+}
+
+
+class _Commands(click.Group):
+    """A group that knows the commands' one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"app.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            raise click.UsageError(f"No command {args[0]!r}: expected one of {', '.join(_COMMANDS)}.", ctx) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sae-workbench")
+def main() -> None:
+    """Train, browse, label and steer with sparse autoencoders. Begin with `sae demo`."""
+
+
+def run() -> None:
+    """Entry point of the `sae` script: check that our packages are ours, then run the command."""
+    _refuse_shadowed_names()
+    sys.exit(guarded(main.main))
+
+
+def guarded(call: Callable[..., Any]) -> int:
+    """Run `call`; wrong input becomes one line and exit code 1."""
+    try:
+        call(standalone_mode=True)
+    except Exception as error:
+        if not isinstance(error, _input_errors()):
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    return 0
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is meant for the user; only looked up once something has gone wrong."""
+    from activations.errors import InputError
+    from data.corpora import CorpusError
+    from data.store import StoreError
+
+    return InputError, CorpusError, StoreError
+
+
+def _refuse_shadowed_names() -> None:
+    from app.names import ShadowedName, check_names
+
+    try:
+        check_names()
+    except ShadowedName as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

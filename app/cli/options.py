@@ -1,0 +1,47 @@
+"""Option types and options that several commands share."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+
+class Count(click.ParamType):
+    """A whole number such as 4096, 500k, 2M or 1.5B."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:[._]\d+)*)([KMB]?)", str(value).strip().upper().replace("_", ""))
+        if not match:
+            self.fail(f"{value!r} is no count: expected a number such as 4096, 500k, 2M or 1.5B.", param, ctx)
+        number = float(match[1]) * _UNITS[match[2]]
+        if number != int(number) or number < 1:
+            self.fail(f"{value!r} is no whole number of at least 1.", param, ctx)
+        return int(number)
+
+
+COUNT = Count()
+
+Command = Callable[..., Any]
+
+
+def device_option(command: Command) -> Command:
+    """--device auto|cpu|cuda."""
+    help_ = "Where to compute; auto takes a GPU when there is one."
+    return click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help=help_)(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json, output for machines."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def overwrite_option(command: Command) -> Command:
+    """--overwrite, replace what is there."""
+    return click.option("--overwrite", is_flag=True, help="Replace what is there.")(command)

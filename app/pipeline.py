@@ -1,0 +1,108 @@
+"""The steps that join rooms: corpus to activations, run to dictionary, the demo. Commands and notebooks call these."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from activations.capture import collect
+from activations.errors import InputError
+from activations.model import DTYPES, Model, load_model
+from activations.run import Run
+from data.corpora import corpus_fingerprint, read_corpus
+from data.tokens import pack, separator_of
+from sae.registry import REGISTRY
+from sae.train import Training, default_name, train
+
+
+def collect_run(
+    path: Path,
+    *,
+    model: str = "smollm2-135m-instruct",
+    hooks: Sequence[str] = (),
+    corpus: str = "sample",
+    tokens: int = 2_000_000,
+    context: int = 128,
+    dtype: str = "bfloat16",
+    model_dtype: str | None = None,
+    device: str = "auto",
+) -> Run:
+    """Make or extend the run at `path`: the activations at `hooks` (default: the residual stream in the middle).
+
+    tokens: length of the part of the corpus that is taken, in whole contexts. Raises InputError or CorpusError.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}.")
+    loaded = load_model(model, dtype=model_dtype, device=device)
+    run = Run.create(
+        path,
+        model=loaded.name,
+        revision=loaded.revision,
+        model_dtype=str(loaded.dtype).removeprefix("torch."),
+        corpus=corpus,
+        corpus_hash=corpus_fingerprint(corpus),
+        context=context,
+        n_tokens=tokens,
+    )
+    contexts = pack(
+        read_corpus(corpus),
+        loaded.tokenizer,
+        context=context,
+        n_tokens=tokens,
+        separator_id=separator_of(loaded.tokenizer),
+    )
+    collect(run, loaded, hooks or [middle_hook(loaded)], contexts, dtype=DTYPES[dtype])
+    return run
+
+
+def middle_hook(model: Model) -> str:
+    """The residual stream after the middle block. Raises InputError for a model of an unknown family."""
+    posts = [hook for hook in model.hooks() if hook.endswith("hook_resid_post")]
+    if not posts:
+        raise InputError(f"{model.name} has no hooks by name: give --hook a module path.")
+    return posts[len(posts) // 2]
+
+
+class Trained(NamedTuple):
+    folder: Path
+    finished_before: bool
+
+
+def train_run(
+    path: Path,
+    *,
+    arch: str = "topk",
+    hook: str | None = None,
+    name: str | None = None,
+    d_sae: int | None = None,
+    expansion: int = 8,
+    k: float = 32,
+    tokens: int = 10_000_000,
+    batch: int = 2048,
+    lr: float | None = None,
+    seed: int = 0,
+    keep: int = 2,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> Trained:
+    """Train one dictionary of the run at `path`; see `sae.train.train`. Raises InputError."""
+    run = Run.open(path)
+    if hook is None:
+        hooks = run.hooks()
+        if len(hooks) != 1:
+            raise InputError(f"{path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
+        hook = hooks[0]
+    cache = run.activations(hook)
+    if arch not in REGISTRY:
+        raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
+    field = REGISTRY[arch].sparsity
+    if field == "k" and k != int(k):
+        raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
+    sizes = {"d_sae": d_sae or expansion * cache.d_in, field: int(k) if field == "k" else k}
+    settings = Training(architecture=arch, hook=hook, sizes=sizes, n_tokens=tokens, batch=batch, lr=lr, seed=seed)
+    settings.config(cache.d_in)
+    folder = run.dictionary(name or default_name(settings))
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    finished = (folder / "cfg.json").exists()
+    return Trained(train(run, settings, name=name, device=device, keep=keep), finished)

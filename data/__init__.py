@@ -1,0 +1,1 @@
+"""Texts, tokens and the feature store; import the submodule you need (`data.corpora`, `data.tokens`, `data.store`)."""

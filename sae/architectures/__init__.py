@@ -1,0 +1,1 @@
+"""One final class a file. `sae.registry` is the table of them."""

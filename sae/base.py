@@ -1,0 +1,167 @@
+"""The contract of a dictionary. Each architecture is one final class in `sae/architectures/` that implements it.
+
+`encode` acts on each row alone (store, app and steering rely on it); `loss` is the training view and may couple rows.
+Latents z may be negative (AbsTopK): nothing downstream may assume a sign.
+
+Words: x (n, d_in) activations; z (n, d_sae) latents; x_hat the reconstruction; W_enc (d_in, d_sae), W_dec (d_sae,
+d_in). A saved dictionary takes x as the model has it; during training x is multiplied by a scale that brings its mean
+norm to sqrt(d_in), and `unscale` moves a trained dictionary from the one to the other.
+"""
+
+import abc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.sparse import to_dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every architecture's own config begins with."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents."""
+
+    def __post_init__(self) -> None:
+        if self.d_in < 1 or self.d_sae < 1:
+            raise ConfigError(f"d_in={self.d_in}, d_sae={self.d_sae}: expected both to be at least 1.")
+
+
+class ConfigError(ValueError):
+    """A combination of sizes or settings that cannot be."""
+
+
+class State(NamedTuple):
+    """Where training stands, for losses and schedules."""
+
+    step: int
+    n_steps: int
+    dead: Bool[Tensor, " d_sae"]
+    """Latents that have not fired for a while (the trainer says how long)."""
+    n_dead: int
+    """How many those are; counted now and then, so that no step waits for the device."""
+
+
+class Loss(NamedTuple):
+    """What `loss` returns; everything stays on the device."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    """Named parts of the total and figures worth logging, scalars."""
+    fired: Bool[Tensor, " d_sae"]
+    """Latents that were not 0 somewhere in the batch."""
+
+
+class Statistics(NamedTuple):
+    """What is known of a dictionary's latents on the cached tokens; saved beside the weights."""
+
+    density: Float[Tensor, " d_sae"]
+    """Share of ordinary tokens on which the latent is not 0."""
+    max: Float[Tensor, " d_sae"]
+    """Largest value, 0 if it was never positive; activation units."""
+    min: Float[Tensor, " d_sae"]
+    """Smallest value, 0 if it was never negative."""
+    n_tokens: int
+    median_norm: float
+    """Median norm of the activations at the hook."""
+    sink_threshold: float
+    """Norm above which a token is a sink and is left alone."""
+
+
+class SAE(nn.Module, abc.ABC):
+    """A dictionary: encoder, decoder, and how they are trained. Final classes define `encode_sparse` and `loss`."""
+
+    architecture: ClassVar[str]
+    signed: ClassVar[bool] = False
+    """True when latents may be negative."""
+    biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+    """Parameters in units of the activations: they shrink with x, the weights do not."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        # The encoder is laid out like the decoder in memory (a row a latent), so that both gradients are row sums.
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.metadata: dict[str, Any] = {}
+        self.statistics: Statistics | None = None
+        self.folder: Path | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_sae
+
+    @property
+    def hook(self) -> str:
+        """The hook it reads from."""
+        return str(self.metadata.get("hook_name", ""))
+
+    @property
+    def model_name(self) -> str:
+        return str(self.metadata.get("model_name", ""))
+
+    @abc.abstractmethod
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Latents of each row as (values, indices); unused places have value 0. No gradient."""
+
+    @abc.abstractmethod
+    def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
+        """The training loss of a batch; target is x itself unless the dictionary is a transcoder."""
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """Latents of each row, dense."""
+        return to_dense(*self.encode_sparse(x), self.d_sae)
+
+    def decode(self, z: Float[Tensor, "n d_sae"], x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_in"]:
+        """Activations from latents. x is the row that z came from; only dictionaries with a skip path use it."""
+        del x
+        return z @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """x_hat of each row, through the sparse form."""
+        values, indices = self.encode_sparse(x)
+        return nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum") + self.b_dec
+
+    def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
+        """Random unit decoder rows, the encoder their transpose, b_dec the mean of x, a (scaled) sample."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
+        with torch.no_grad():
+            self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+            self.W_enc.copy_(self.W_dec.T)
+            self.b_dec.copy_(x.mean(dim=0))
+
+    def before_step(self) -> None:
+        """Between backward and the optimizer's step: take out the gradient that would only change a row's norm."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec.data).sum(dim=1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec.data, value=-1)
+
+    @torch.no_grad()
+    def after_step(self, state: State) -> None:
+        """After the optimizer's step: decoder rows back to norm 1."""
+        del state
+        self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def unscale(self, scale: float) -> None:
+        """Turn a dictionary of scale * x into the same dictionary of x.
+
+        Weights stay, so latents come out in units of x (decoder rows of norm 1): encode(x) afterwards is encode(scale
+        * x) before, divided by scale.
+        """
+        for name in self.biases:
+            getattr(self, name).div_(scale)

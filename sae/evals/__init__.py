@@ -1,0 +1,1 @@
+"""Metrics of a dictionary, one a file; `sae.evals.suite` runs them into eval.json."""

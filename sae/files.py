@@ -1,0 +1,113 @@
+"""A dictionary on disk: cfg.json + sae_weights.safetensors, which SAELens loads as they are if it has the class.
+
+cfg.json is written last: a folder that has it is whole. `statistics.safetensors` beside them is ours.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from activations.errors import InputError
+from activations.files import read_json, write_aside, write_json
+from activations.run import dictionary_folder
+from sae.base import SAE, ConfigError, Statistics
+from sae.registry import REGISTRY
+
+WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.safetensors"
+# What SAELens writes for a dictionary that takes activations as the model has them; anything else is refused.
+_PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+
+
+def save_sae(sae: SAE, folder: Path) -> None:
+    """Save a dictionary into `folder`, each file aside and renamed."""
+    weights = {name: p.detach().cpu().contiguous() for name, p in sae.named_parameters()}
+    with write_aside(folder / WEIGHTS) as aside:
+        save_file(weights, aside)
+    if sae.statistics is not None:
+        statistics = {name: torch.as_tensor(value).cpu() for name, value in sae.statistics._asdict().items()}
+        with write_aside(folder / STATISTICS) as aside:
+            save_file(statistics, aside)
+    fields = dataclasses.asdict(sae.cfg)
+    write_json(
+        folder / CFG,
+        {
+            "architecture": sae.architecture,
+            **fields,
+            "dtype": "float32",
+            "device": "cpu",
+            **_PLAIN,
+            "metadata": sae.metadata,
+        },
+    )
+
+
+def load_sae(address: str | Path, *, device: str = "cpu") -> SAE:
+    """Load a dictionary from RUN (its only one), RUN/ID, or a folder with cfg.json and sae_weights.safetensors.
+
+    Folders that SAELens saved load too, for the architectures of `sae.registry`.
+    Raises InputError for anything else; sizes are checked before memory is taken.
+    """
+    folder = dictionary_folder(address)
+    cfg = read_json(folder / CFG)
+    sae = _build(folder, cfg)
+    try:
+        sae.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        sae.statistics = _load_statistics(folder / STATISTICS, sae.d_sae)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder} is damaged ({error}): train or copy the dictionary again.") from None
+    sae.metadata = dict(cfg.get("metadata") or {})
+    sae.folder = folder
+    return sae.to(device).requires_grad_(False).eval()
+
+
+def _build(folder: Path, cfg: Any) -> SAE:
+    """An empty dictionary of the class and sizes that cfg.json says, after comparing them with the weights' header."""
+    name = cfg.get("architecture") if isinstance(cfg, dict) else None
+    if name not in REGISTRY:
+        raise InputError(f"{folder / CFG} names architecture {name!r}: expected one of {', '.join(REGISTRY)}.")
+    for key, plain in _PLAIN.items():
+        if cfg.get(key, plain) != plain:
+            raise InputError(
+                f"{folder / CFG} has {key}={json.dumps(cfg[key])}: expected {json.dumps(plain)}; fold it in first."
+            )
+    entry = REGISTRY[name]
+    if name == "jumprelu":
+        cfg = {"target_l0": 1.0, **cfg}  # SAELens keeps no target in the saved form
+    try:
+        fields = {f.name: cfg[f.name] for f in dataclasses.fields(entry.config) if f.name in cfg}
+        config = entry.config(**fields)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (TypeError, ConfigError) as error:
+        raise InputError(f"{folder / CFG} is not a {name} dictionary's ({error}).") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS} is missing or damaged ({error}).") from None
+    with torch.device("meta"):
+        expected = {key: tuple(p.shape) for key, p in entry.sae(config).named_parameters()}
+    if shapes != expected:
+        wrong = next(key for key in [*expected, *shapes] if shapes.get(key) != expected.get(key))
+        raise InputError(
+            f"{folder / WEIGHTS} has {wrong} of shape {shapes.get(wrong)}: cfg.json says {expected.get(wrong)}."
+        )
+    return entry.sae(config)
+
+
+def _load_statistics(path: Path, d_sae: int) -> Statistics | None:
+    if not path.exists():
+        return None
+    saved = load_file(path)
+    if set(saved) != set(Statistics._fields) or any(len(saved[name]) != d_sae for name in ("density", "max", "min")):
+        raise InputError(f"{path} does not fit the dictionary beside it: run `sae eval` to make it again.")
+    return Statistics(
+        density=saved["density"],
+        max=saved["max"],
+        min=saved["min"],
+        n_tokens=int(saved["n_tokens"]),
+        median_norm=float(saved["median_norm"]),
+        sink_threshold=float(saved["sink_threshold"]),
+    )

@@ -1,0 +1,29 @@
+"""The table of architectures: name -> class, config, and how it is trained."""
+
+from typing import NamedTuple
+
+from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.base import SAE, Config
+
+
+class Entry(NamedTuple):
+    """A row of the table."""
+
+    sae: type[SAE]
+    config: type[Config]
+    saelens: str | None
+    """SAELens' name of the same architecture, if its loader can read what we save."""
+    sparsity: str
+    """The config's field that `-k` sets."""
+    lr: float
+    """Peak learning rate at 4,608 latents; it falls with the square root of the width."""
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+REGISTRY: dict[str, Entry] = {
+    "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
+    "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
+    "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=1e-3),
+}
