@@ -30,9 +30,9 @@ from sae.sparse import to_sparse
 class JumpReLUConfig(Config):
     target_l0: float
     """Mean active latents for each token that training ends at."""
-    bandwidth: float = 0.5
+    bandwidth: float = 1.5
     """Width of the window around the threshold in which the step has a gradient; activations have norm sqrt(d_in)."""
-    start_l0: float = 4.0
+    start_l0: float = 1.5
     """L0 at the start, in units of target_l0."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,440 @@
+"""Builds `features.duckdb` from Parquet files of codes and tokens: every statistic and example by SQL.
+
+The surprise is that memory does not grow with the text: DuckDB sorts the codes by feature on disk, and then a few
+thousand features at a time are summed up and sampled under a memory limit. The file is written aside and renamed, so
+readers never meet half of it and a kill at any moment leaves the old store; what a killed build left goes when the next
+one starts.
+
+Examples, for each feature and pole, from a fixed grid of windows (32 tokens of one context):
+- `top`: the windows with the largest peak, one a document while documents last. The first `top` ranks are the true
+  tops; behind them stand as many more as it takes for each split to have its own best `top // 2`.
+- `interval`: `per_band` random windows from each of `bands` equal value intervals of the peak.
+- `random`: `random` windows of all those in which the feature fires.
+The last two take turns between the splits, so both get half while they have enough. Each kind is a sample of its own: a
+window may stand in two kinds, never twice in one. "Random" is a hash of (feature, window, seed): the same every time.
+
+The split is by document and by a hash of its number alone, so that a rebuilt store never scores an explanation on
+documents which its explainer has read. A window whose tokens come from documents of both splits is left out.
+Source: the scheme of Paulo et al. 2024, arXiv:2410.13928, and of SAEDashboard. Differs: split by document, value
+intervals of the window's peak, both poles.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data.store.errors import StoreError
+from data.store.files import sync
+from data.store.schema import SCHEMA_VERSION, TABLES, create_tables, now
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How much of the text a store keeps, and what building it may use."""
+
+    window: int = 32
+    """Tokens in a window."""
+    top: int = 12
+    """True top windows for each feature and pole."""
+    bands: int = 4
+    """Equal value intervals between 0 and the largest value."""
+    per_band: int = 4
+    random: int = 12
+    background: int = 1024
+    """Windows of the random sample that off-windows come from."""
+    bins: int = 40
+    """Bars of a feature's histogram."""
+    top_tokens: int = 10
+    seed: int = 0
+    memory: str = "2GiB"
+    """What DuckDB may hold in memory; the rest is on disk beside the store."""
+    threads: int | None = None
+    """None: all that this process may use."""
+    chunk_codes: int = 8_000_000
+    chunk_features: int = 8_192
+    """Features are worked on in groups of at most this many codes (but at least one feature) and features."""
+
+    def __post_init__(self) -> None:
+        sizes = ("window", "top", "bands", "per_band", "random", "bins", "top_tokens", "chunk_codes", "chunk_features")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise StoreError(f"{name}={getattr(self, name)} is too small: expected at least 1")
+        if self.background < 0:
+            raise StoreError(f"background={self.background} is too small: expected 0 or more windows")
+
+
+def build_store(
+    target: Path,
+    *,
+    codes: Sequence[Path],
+    tokens: Sequence[Path],
+    n_features: int,
+    vocab: Sequence[bytes],
+    meta: Mapping[str, str],
+    per_feature: Path | pa.Table | None = None,
+    options: BuildOptions | None = None,
+) -> Path:
+    """Write the feature store `target` (a path that ends in features.duckdb) and return it.
+
+    codes: Parquet (row BIGINT, feature INTEGER, value FLOAT), ordinary tokens only; zeros are ignored.
+    tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
+    consecutive and its positions count from 0.
+    vocab: the bytes of token id 0, 1, ...
+    per_feature: what comes from the decoder, as Parquet or table: feature and any of top_logits, bottom_logits,
+    logit_edges, logit_counts, neighbours (types as in `schema.TABLES`); features that are not in it get empty lists.
+    meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
+
+    One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
+    Raises StoreError for codes that do not fit the tokens or the number of features, and when the disk is full.
+    """
+    options = options or BuildOptions()
+    scratch = target.with_name(f".{target.name}.building")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with _connect(scratch, options) as connection:
+            build = _Build(connection, options, n_features)
+            build.read_tokens(tokens)
+            build.read_codes(codes)
+            build.read_decoder(per_feature)
+            for low, high in tqdm(build.chunks(), desc="features", unit="chunk", disable=None):
+                build.features(low, high)
+                build.examples(low, high)
+            build.background()
+            build.finish(vocab, meta)
+        sync(scratch / "store.duckdb")
+        os.replace(scratch / "store.duckdb", target)
+        sync(target.parent)
+    except duckdb.Error as error:
+        raise StoreError(
+            f"{target} could not be built: {str(error).splitlines()[0]} "
+            "(is the disk full, or an input file damaged? the store that was there is untouched)"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _connect(scratch: Path, options: BuildOptions) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with the new store attached as `store` and a scratch database as `work`, both closed at the end."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    connection = duckdb.connect(":memory:")
+    try:
+        connection.execute("SET memory_limit = ?", [options.memory])
+        connection.execute("SET threads = ?", [options.threads or usable or 1])
+        connection.execute("SET temp_directory = ?", [str(scratch / "spill")])
+        for name in ("store", "work"):
+            path = str(scratch / f"{name}.duckdb").replace("'", "''")
+            connection.execute(f"ATTACH '{path}' AS {name}")
+        create_tables(connection, "store")
+        yield connection
+    finally:
+        connection.close()
+
+
+class _Build:
+    """The steps of one build, in order. `work` holds what they hand to each other."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, options: BuildOptions, n_features: int) -> None:
+        self.sql = connection
+        self.options = options
+        self.n_features = n_features
+        self.n_ordinary = 0
+        self.unit = 1.0
+
+    def read_tokens(self, paths: Sequence[Path]) -> None:
+        """Tokens, how often each id occurs, the split of each document, and the grid of windows."""
+        self.sql.execute(
+            """CREATE TABLE work.tokens AS
+            SELECT row::BIGINT AS row, id::INTEGER AS id, doc::INTEGER AS doc, ordinary::BOOLEAN AS ordinary,
+                   (position % $window)::INTEGER AS place, row - position % $window AS start
+            FROM read_parquet($paths)""",
+            {"paths": [str(path) for path in paths], "window": self.options.window},
+        )
+        self.sql.execute(
+            "CREATE TABLE work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
+        )
+        self.sql.execute(
+            """CREATE TABLE work.documents AS
+            SELECT doc, if(md5_number_lower('split ' || doc) % 2 = 0, 'explain', 'score') AS split
+            FROM (SELECT DISTINCT doc FROM work.tokens)"""
+        )
+        self.sql.execute(
+            """CREATE TABLE work.windows AS
+            SELECT start, arg_min(doc, row) AS doc, min(split) AS split, list(id ORDER BY row) AS token_ids
+            FROM work.tokens JOIN work.documents USING (doc)
+            GROUP BY start HAVING min(split) = max(split) ORDER BY start"""
+        )
+        (self.n_ordinary,) = self._one("SELECT count(*) FILTER (ordinary) FROM work.tokens")
+        if self.n_ordinary == 0:
+            raise StoreError("there are no ordinary tokens to index: expected at least one cached context")
+
+    def read_codes(self, paths: Sequence[Path]) -> None:
+        """The codes with their token and window, sorted by feature: from here on a feature is one stretch of rows."""
+        files = [str(path) for path in paths]
+        (given,) = self._one("SELECT count(*) FROM read_parquet($files) WHERE value <> 0", {"files": files})
+        self.sql.execute(
+            """CREATE TABLE work.fired AS
+            SELECT codes.feature::INTEGER AS feature, codes.value::FLOAT AS value, id, start, place
+            FROM read_parquet($files) AS codes JOIN work.tokens AS tokens ON codes.row = tokens.row AND tokens.ordinary
+            WHERE codes.value <> 0 ORDER BY codes.feature, codes.row""",
+            {"files": files},
+        )
+        found, low, high, bad, largest = self._one(
+            """SELECT count(*), min(feature), max(feature), count(*) FILTER (NOT isfinite(value)), max(abs(value))
+            FROM work.fired"""
+        )
+        if found != given:
+            raise StoreError(f"{given - found} of {given} codes are of rows that are no ordinary token")
+        if found and (low < 0 or high >= self.n_features):
+            raise StoreError(f"codes name features {low} to {high}, expected 0 to {self.n_features - 1}")
+        if bad:
+            raise StoreError(f"{bad} of {found} codes are not finite: is the dictionary damaged?")
+        if found:
+            self.unit = 2.0 ** (math.frexp(largest)[1] - 40)
+
+    def read_decoder(self, per_feature: Path | pa.Table | None) -> None:
+        """What the caller computed from the decoder, with the columns that it left out."""
+        table = pq.read_table(per_feature) if isinstance(per_feature, Path) else per_feature
+        if table is None:
+            table = pa.table({"feature": pa.array([], pa.int32())})
+        columns = ", ".join(
+            f"{name if name in table.column_names else '[]'}::{TABLES['features'][name]} AS {name}"
+            for name in ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours")
+        )
+        self.sql.register("given", table)
+        self.sql.execute(f"CREATE TABLE work.decoder AS SELECT feature::INTEGER AS feature, {columns} FROM given")
+        self.sql.unregister("given")
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Ranges [low, high) of features that cover all of them, each within the options' sizes."""
+        counts = dict(self.sql.execute("SELECT feature, count(*) FROM work.fired GROUP BY feature").fetchall())
+        ranges, low, held = [], 0, 0
+        for feature in range(self.n_features):
+            n = counts.get(feature, 0)
+            full = held + n > self.options.chunk_codes or feature - low >= self.options.chunk_features
+            if feature > low and full:
+                ranges.append((low, feature))
+                low, held = feature, 0
+            held += n
+        if self.n_features > low:
+            ranges.append((low, self.n_features))
+        return ranges
+
+    def features(self, low: int, high: int) -> None:
+        """The `features` rows of one chunk."""
+        chunk, bins = {"low": low, "high": high}, self.options.bins
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE moments AS " + _MOMENTS, {**chunk, "unit": self.unit})
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE histograms AS " + _HISTOGRAMS, {**chunk, "bins": bins})
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE favourites AS " + _FAVOURITES,
+            {**chunk, "unit": self.unit, "keep": self.options.top_tokens},
+        )
+        self.sql.execute(_FEATURES, {**chunk, "n_ordinary": self.n_ordinary})
+
+    def examples(self, low: int, high: int) -> None:
+        """The `examples` rows of one chunk; follows `features`, whose extremes set the bands."""
+        options = self.options
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE peaks AS " + _PEAKS,
+            {"low": low, "high": high, "bands": options.bands},
+        )
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE tops AS " + _TOPS, {"top": options.top})
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE intervals AS " + _INTERVALS, {"keep": options.per_band, "seed": options.seed}
+        )
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE randoms AS " + _RANDOMS, {"keep": options.random, "seed": options.seed}
+        )
+        places = ", ".join(
+            f"coalesce(any_value(value) FILTER (place = {place}), 0::FLOAT)" for place in range(options.window)
+        )
+        self.sql.execute(_EXAMPLES.replace("PLACES", places), {"low": low, "high": high})
+
+    def background(self) -> None:
+        """A random sample of windows, half from each split while they last, and what fires in them."""
+        self.sql.execute(
+            """INSERT INTO store.windows
+            WITH ranked AS (
+                SELECT *, hash(start, $seed, 'window') AS lot,
+                       row_number() OVER (PARTITION BY split ORDER BY hash(start, $seed, 'window'), start) AS turn
+                FROM work.windows),
+            chosen AS (SELECT * FROM ranked ORDER BY turn, lot, start LIMIT $n)
+            SELECT row_number() OVER (ORDER BY start) - 1, doc, start, split, token_ids FROM chosen ORDER BY start""",
+            {"seed": self.options.seed, "n": self.options.background},
+        )
+        self.sql.execute(
+            """INSERT INTO store.window_peaks
+            SELECT feature, "window", least(min(value), 0), greatest(max(value), 0)
+            FROM work.fired JOIN store.windows USING (start) GROUP BY ALL ORDER BY feature, "window\""""
+        )
+
+    def finish(self, vocab: Sequence[bytes], meta: Mapping[str, str]) -> None:
+        """Vocabulary and meta rows; then everything is in the file."""
+        table = pa.table({"id": pa.array(range(len(vocab)), pa.int32()), "bytes": pa.array(vocab, pa.binary())})
+        self.sql.register("given", table)
+        self.sql.execute("INSERT INTO store.vocab SELECT id, bytes FROM given")
+        n_rows, n_documents = self._one("SELECT count(*), count(DISTINCT doc) FROM work.tokens")
+        known = {
+            "created": now(),
+            **meta,
+            "schema": SCHEMA_VERSION,
+            "n_tokens": self.n_ordinary,
+            "n_rows": n_rows,
+            "n_documents": n_documents,
+            "d_sae": self.n_features,
+            "window": self.options.window,
+            "bands": self.options.bands,
+            "seed": self.options.seed,
+        }
+        rows = [(key, str(value)) for key, value in known.items()]
+        self.sql.executemany("INSERT INTO store.meta VALUES (?, ?)", rows)
+        self.sql.execute("CHECKPOINT store")
+
+    def _one(self, query: str, parameters: object = None) -> tuple[Any, ...]:
+        rows = self.sql.execute(query, parameters).fetchall()
+        return tuple(rows[0])
+
+
+# Sums are of whole numbers of `unit` (a 2^-40th of the largest value): a float sum depends on the threads.
+_MOMENTS = """
+SELECT feature, count(*) AS n, greatest(max(value), 0) AS highest, least(min(value), 0) AS lowest,
+       sum(CAST(value::DOUBLE / $unit AS BIGINT))::DOUBLE * $unit / count(*) AS mean,
+       quantile_cont(value::DOUBLE, [0.1, 0.5, 0.9]) AS quantiles
+FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY feature
+"""
+
+_HISTOGRAMS = """
+WITH counts AS (
+    SELECT feature, count(*) AS n,
+           least($bins - 1, floor((value::DOUBLE - lowest) / (highest::DOUBLE - lowest) * $bins)::INTEGER) AS bin
+    FROM work.fired JOIN moments USING (feature) WHERE feature >= $low AND feature < $high GROUP BY ALL),
+grid AS (SELECT feature, bin::INTEGER AS bin FROM moments, range($bins) AS bins(bin))
+SELECT feature, list(coalesce(counts.n, 0) ORDER BY bin) AS counts
+FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature
+"""
+
+_FAVOURITES = """
+WITH counts AS (
+    SELECT feature, value > 0 AS positive, id, count(*) AS n, sum(CAST(value::DOUBLE / $unit AS BIGINT)) AS total
+    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY ALL),
+ranked AS (
+    SELECT *, row_number() OVER (PARTITION BY feature, positive ORDER BY n DESC, abs(total) DESC, id) AS rank
+    FROM counts QUALIFY rank <= $keep)
+SELECT feature, positive,
+       list(struct_pack(id := id, n := ranked.n, share := ranked.n / occurrences.n,
+                        mean := total::DOUBLE * $unit / ranked.n) ORDER BY rank) AS tokens
+FROM ranked JOIN work.occurrences AS occurrences USING (id) GROUP BY feature, positive
+"""
+
+_FEATURES = """
+INSERT INTO store.features
+SELECT feature, n IS NOT NULL, coalesce(n, 0), coalesce(n, 0) / $n_ordinary,
+       coalesce(highest, 0), coalesce(lowest, 0), mean, quantiles[1], quantiles[2], quantiles[3],
+       CASE WHEN n IS NULL THEN [] ELSE list_transform(range(len(histograms.counts) + 1),
+            lambda i: lowest + (highest::DOUBLE - lowest) * i / len(histograms.counts)) END,
+       coalesce(histograms.counts, []),
+       coalesce(top_logits, []), coalesce(bottom_logits, []), coalesce(logit_edges, []), coalesce(logit_counts, []),
+       coalesce(neighbours, []), coalesce(plus.tokens, []), coalesce(minus.tokens, [])
+FROM range($low, $high) AS every(feature)
+LEFT JOIN moments USING (feature)
+LEFT JOIN histograms USING (feature)
+LEFT JOIN favourites AS plus ON plus.feature = every.feature AND plus.positive
+LEFT JOIN favourites AS minus ON minus.feature = every.feature AND NOT minus.positive
+LEFT JOIN work.decoder AS decoder ON decoder.feature = every.feature
+ORDER BY every.feature
+"""
+
+_PEAKS = """
+WITH ends AS (
+    SELECT feature, start, max(value) AS high, min(value) AS low
+    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY feature, start),
+poles AS (
+    SELECT feature, '+' AS pole, start, high AS peak, highest AS extreme FROM ends JOIN moments USING (feature)
+    WHERE high > 0
+    UNION ALL
+    SELECT feature, '-', start, low, lowest FROM ends JOIN moments USING (feature) WHERE low < 0)
+SELECT feature, pole, start, doc, split, peak,
+       least($bands - 1, floor(peak::DOUBLE / extreme * $bands)::INTEGER) AS band
+FROM poles JOIN work.windows USING (start)
+"""
+
+# Ranking every window would sort millions of rows for a dozen. So each of the next three first finds the few largest of
+# a group (or those of smallest lot), with ties, and ranks only these.
+
+# `again`: this window is not its document's best; such windows come after all the others. Of them the `top` best are
+# among the 2 `top` largest windows wherever they are needed, which is where there are fewer documents than `top`.
+_TOPS = """
+WITH bests AS (
+    SELECT feature, pole, split, best.size AS size, -best.back AS start
+    FROM (SELECT feature, pole, split, max(struct_pack(size := abs(peak), back := -start)) AS best
+          FROM peaks GROUP BY feature, pole, split, doc)),
+best_edges AS (SELECT feature, pole, split, list_min(max(size, $top)) AS edge FROM bests GROUP BY ALL),
+edges AS (SELECT feature, pole, split, list_min(max(abs(peak), 2 * $top)) AS edge FROM peaks GROUP BY ALL),
+candidates AS (
+    SELECT feature, pole, split, start, size, false AS again
+    FROM bests JOIN best_edges USING (feature, pole, split) WHERE size >= edge
+    UNION ALL
+    SELECT feature, pole, split, start, abs(peak), true
+    FROM peaks JOIN edges USING (feature, pole, split) ANTI JOIN bests USING (feature, pole, start)
+    WHERE abs(peak) >= edge),
+ranked AS (
+    SELECT feature, pole, start, row_number() OVER (PARTITION BY feature, pole ORDER BY again, size DESC, start) <= $top
+               AS true_top,
+           row_number() OVER (PARTITION BY feature, pole, split ORDER BY again, size DESC, start) AS in_split
+    FROM candidates QUALIFY true_top OR in_split <= $top // 2)
+SELECT feature, pole, 'top' AS kind, band, start, doc, split, peak,
+       row_number() OVER (PARTITION BY feature, pole ORDER BY true_top DESC, abs(peak) DESC, start) - 1 AS rank
+FROM ranked JOIN peaks USING (feature, pole, start)
+"""
+
+_INTERVALS = """
+WITH lots AS (SELECT *, hash(feature, start, $seed, 'interval') AS lot FROM peaks),
+edges AS (SELECT feature, pole, band, split, list_max(min(lot, $keep)) AS edge FROM lots GROUP BY ALL),
+ranked AS (
+    SELECT lots.*, row_number() OVER (PARTITION BY feature, pole, band, split ORDER BY lot, start) AS turn
+    FROM lots JOIN edges USING (feature, pole, band, split) WHERE lot <= edge QUALIFY turn <= $keep),
+chosen AS (
+    SELECT *, row_number() OVER (PARTITION BY feature, pole, band ORDER BY turn, lot, start) AS place
+    FROM ranked QUALIFY place <= $keep)
+SELECT feature, pole, 'interval' AS kind, band, start, doc, split, peak,
+       row_number() OVER (PARTITION BY feature, pole ORDER BY band, place) - 1 AS rank
+FROM chosen
+"""
+
+_RANDOMS = """
+WITH lots AS (SELECT *, hash(feature, start, $seed, 'random') AS lot FROM peaks),
+edges AS (SELECT feature, pole, split, list_max(min(lot, $keep)) AS edge FROM lots GROUP BY ALL),
+ranked AS (
+    SELECT lots.*, row_number() OVER (PARTITION BY feature, pole, split ORDER BY lot, start) AS turn
+    FROM lots JOIN edges USING (feature, pole, split) WHERE lot <= edge QUALIFY turn <= $keep)
+SELECT feature, pole, 'random' AS kind, band, start, doc, split, peak,
+       row_number() OVER (PARTITION BY feature, pole ORDER BY turn, lot, start) - 1 AS rank
+FROM ranked QUALIFY rank < $keep
+"""
+
+# PLACES is one value for each place of a window: a wide aggregate is far cheaper here than a list built from a join.
+_EXAMPLES = """
+INSERT INTO store.examples
+WITH chosen AS (FROM tops UNION ALL FROM intervals UNION ALL FROM randoms),
+wanted AS (SELECT DISTINCT feature, start FROM chosen),
+values AS (
+    SELECT feature, start, list_value(PLACES) AS acts
+    FROM work.fired JOIN wanted USING (feature, start)
+    WHERE feature >= $low AND feature < $high GROUP BY feature, start)
+SELECT feature, pole, kind, band, rank, chosen.doc, start, chosen.split, token_ids,
+       acts[:len(token_ids)], peak, list_position(acts, peak) - 1
+FROM chosen JOIN values USING (feature, start) JOIN work.windows USING (start)
+ORDER BY feature, pole, kind, rank
+"""

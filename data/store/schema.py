@@ -1,0 +1,346 @@
+"""What the feature store holds: one dataclass for each thing that is read or written, and the tables behind them.
+
+The surprise is that there are two kinds of table. What an index computes (features, examples, windows) is written once
+into `features.duckdb` and never changed: DuckDB lets nobody read a file that somebody has open for writing. What grows
+while people read (explanations, scores) is Parquet parts beside it, where the newest row of a key is the valid one.
+
+Signs: a latent may be negative (AbsTopK). Every value here keeps its sign; the *pole* says which side is meant.
+"""
+
+import datetime
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import duckdb
+
+from data.store.errors import StoreError
+
+SCHEMA_VERSION = 1
+
+MIGRATIONS: dict[int, Callable[[duckdb.DuckDBPyConnection], None]] = {}
+"""Named steps from a schema version to the next one, by the version they start from; none is needed for version 1."""
+
+STORE_FILE = "features.duckdb"
+
+POLES = ("+", "-", "both")
+SOURCES = ("person", "llm", "lexical")
+"""Who wrote an explanation, the most trusted first."""
+
+DETECTION = "detection"
+"""The scorer whose value (balanced accuracy on windows that the explainer has not seen) ranks explanations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenValue:
+    """A vocabulary entry and its logit."""
+
+    id: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCount:
+    """A token that a latent fires on."""
+
+    id: int
+    n: int
+    """Firings on this token."""
+    share: float
+    """Those firings as a share of the token's own ordinary occurrences, 0 to 1."""
+    mean: float
+    """Mean value over those firings, with its sign."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """Another latent whose decoder row points the same way (or, for signed latents, the opposite way)."""
+
+    feature: int
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A text about a feature. Of a key (feature, pole, source, explainer, model) the newest one is valid."""
+
+    id: str
+    """Stable hash of key and text, so that a score belongs to this text and to no later one."""
+    feature: int
+    pole: str
+    """'+', '-' or 'both'."""
+    text: str
+    """An empty text withdraws the explanation of its key."""
+    source: str
+    """'person', 'llm' or 'lexical'."""
+    explainer: str
+    model: str
+    prompt_version: str
+    created: str
+    """ISO 8601, UTC."""
+
+    @classmethod
+    def new(
+        cls,
+        *,
+        feature: int,
+        text: str,
+        source: str,
+        pole: str = "+",
+        explainer: str = "",
+        model: str = "",
+        prompt_version: str = "",
+    ) -> "Explanation":
+        """An explanation made now, with its id."""
+        key = "\x1f".join([str(feature), pole, source, explainer, model, text])
+        return cls(
+            id=hashlib.sha256(key.encode()).hexdigest()[:16],
+            feature=feature,
+            pole=pole,
+            text=text,
+            source=source,
+            explainer=explainer,
+            model=model,
+            prompt_version=prompt_version,
+            created=now(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well one explanation predicts its feature. Its key is (explanation_id, scorer)."""
+
+    explanation_id: str
+    feature: int
+    scorer: str
+    value: float
+    """In the scorer's own unit; balanced accuracy for `detection`."""
+    lo: float
+    hi: float
+    """95 % interval of `value`."""
+    n: int
+    """Windows judged."""
+    chance: float
+    """What guessing would get."""
+    control: float | None
+    """The same score for another feature's explanation, if it was measured."""
+    failures: int
+    """Replies that could not be read."""
+    cost_tokens: int
+    created: str
+    """ISO 8601, UTC."""
+    model: str
+    """Who judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """All that the store knows of one latent. Values over ordinary tokens only."""
+
+    feature: int
+    alive: bool
+    """Fired at least once in the indexed tokens."""
+    n_active: int
+    density: float
+    """Share of ordinary tokens on which it is not zero."""
+    max: float
+    min: float
+    """Largest and smallest value, zeros counted: `min` is 0 unless the latent goes negative."""
+    mean: float | None
+    q10: float | None
+    q50: float | None
+    q90: float | None
+    """Mean and quantiles of the non-zero values; None for a latent that never fired."""
+    hist_edges: list[float]
+    hist_counts: list[int]
+    """Histogram of the non-zero values, with one edge more than counts; both empty for a latent that never fired."""
+    top_logits: list[TokenValue]
+    bottom_logits: list[TokenValue]
+    """The tokens that the decoder row raises and lowers most (logit lens, centred over the vocabulary)."""
+    logit_edges: list[float]
+    logit_counts: list[int]
+    neighbours: list[Neighbour]
+    top_tokens: list[TokenCount]
+    bottom_tokens: list[TokenCount]
+    """The tokens it fires on most, for each pole."""
+    explanations: list[Explanation]
+    """The valid ones, best first."""
+    scores: list[Score]
+
+    @property
+    def explanation(self) -> Explanation | None:
+        """The best explanation, if there is any."""
+        return self.explanations[0] if self.explanations else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRow:
+    """One line of the feature list."""
+
+    feature: int
+    density: float
+    max: float
+    min: float
+    alive: bool
+    explanation: str | None
+    """The best text."""
+    source: str | None
+    score: float | None
+    """Balanced accuracy of that text on windows that its explainer has not seen."""
+    top_tokens: list[str]
+    hist_edges: list[float]
+    hist_counts: list[int]
+    """Histogram of the non-zero values, as in `Feature`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Some lines of the feature list, and how many there are in all."""
+
+    rows: list[FeatureRow]
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A window of text with the values of one latent."""
+
+    feature: int
+    pole: str
+    """'+' or '-': the side on which `peak` lies."""
+    kind: str
+    """'top', 'interval' or 'random'."""
+    band: int
+    """Which fourth of (0, largest |value| of the pole] the peak lies in, 0 the weakest."""
+    rank: int
+    """0-based, within (feature, pole, kind)."""
+    doc: int
+    """Document of the first token."""
+    start: int
+    """Row number of the first token in the run."""
+    split: str
+    """'explain' or 'score', by document."""
+    token_ids: list[int]
+    acts: list[float]
+    """One value a token, with its sign; 0 where the latent is off."""
+    peak: float
+    peak_index: int
+    """Place of the peak in `token_ids`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A window of the random background sample, as one feature sees it."""
+
+    window: int
+    doc: int
+    token_ids: list[int]
+    peak: float
+    """The feature's value of largest magnitude in the window; 0 where it is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Counts over the whole store."""
+
+    n_features: int
+    n_alive: int
+    n_explained: int
+    n_scored: int
+    n_tokens: int
+    """Ordinary tokens that the index read."""
+
+
+TABLES: dict[str, dict[str, str]] = {
+    "meta": {"key": "VARCHAR", "value": "VARCHAR"},
+    "vocab": {"id": "INTEGER", "bytes": "BLOB"},
+    "features": {
+        "feature": "INTEGER",
+        "alive": "BOOLEAN",
+        "n_active": "BIGINT",
+        "density": "DOUBLE",
+        "max": "FLOAT",
+        "min": "FLOAT",
+        "mean": "FLOAT",
+        "q10": "FLOAT",
+        "q50": "FLOAT",
+        "q90": "FLOAT",
+        "hist_edges": "FLOAT[]",
+        "hist_counts": "BIGINT[]",
+        "top_logits": "STRUCT(id INTEGER, value FLOAT)[]",
+        "bottom_logits": "STRUCT(id INTEGER, value FLOAT)[]",
+        "logit_edges": "FLOAT[]",
+        "logit_counts": "BIGINT[]",
+        "neighbours": "STRUCT(feature INTEGER, cosine FLOAT)[]",
+        "top_tokens": "STRUCT(id INTEGER, n BIGINT, share FLOAT, mean FLOAT)[]",
+        "bottom_tokens": "STRUCT(id INTEGER, n BIGINT, share FLOAT, mean FLOAT)[]",
+    },
+    "examples": {
+        "feature": "INTEGER",
+        "pole": "VARCHAR",
+        "kind": "VARCHAR",
+        "band": "INTEGER",
+        "rank": "INTEGER",
+        "doc": "INTEGER",
+        "start": "BIGINT",
+        "split": "VARCHAR",
+        "token_ids": "INTEGER[]",
+        "acts": "FLOAT[]",
+        "peak": "FLOAT",
+        "peak_index": "INTEGER",
+    },
+    "windows": {
+        "window": "INTEGER",
+        "doc": "INTEGER",
+        "start": "BIGINT",
+        "split": "VARCHAR",
+        "token_ids": "INTEGER[]",
+    },
+    "window_peaks": {"feature": "INTEGER", "window": "INTEGER", "low": "FLOAT", "high": "FLOAT"},
+}
+"""The tables of `features.duckdb`: column names and types, in order."""
+
+
+def create_tables(connection: duckdb.DuckDBPyConnection, catalog: str) -> None:
+    """Make the empty tables of the newest schema in `catalog`."""
+    for table, columns in TABLES.items():
+        body = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+        connection.execute(f"CREATE TABLE {catalog}.{table} ({body})")
+
+
+def check_tables(connection: duckdb.DuckDBPyConnection, catalog: str) -> None:
+    """Raise StoreError unless `catalog` has every table and column that this code reads, as plain tables.
+
+    Views are refused: a store that comes from somebody else is read, never run.
+    """
+    views = connection.execute(
+        "SELECT view_name FROM duckdb_views() WHERE database_name = ? AND NOT internal", [catalog]
+    ).fetchall()
+    rows = connection.execute(
+        "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = ? AND NOT internal", [catalog]
+    ).fetchall()
+    if views:
+        raise StoreError(f"it holds the view {views[0][0]!r}, expected tables only")
+    missing = {(table, column) for table, columns in TABLES.items() for column in columns} - set(rows)
+    if missing:
+        table, column = sorted(missing)[0]
+        raise StoreError(f"it has no column {table}.{column}")
+
+
+def check_version(meta: dict[str, str]) -> None:
+    """Raise StoreError for a store that this version cannot read: a newer one, or an older one without a migration."""
+    found = meta.get("schema", "")
+    if not found.isdecimal():
+        raise StoreError(f"its schema version is {found!r}, expected a number up to {SCHEMA_VERSION}")
+    if int(found) > SCHEMA_VERSION:
+        raise StoreError(
+            f"it was made by a newer version (schema {found}, this one reads up to {SCHEMA_VERSION}); "
+            "update sae-workbench"
+        )
+    if any(version not in MIGRATIONS for version in range(int(found), SCHEMA_VERSION)):
+        raise StoreError(f"its schema {found} is too old to be read")
+
+
+def now() -> str:
+    """The present time as the store writes it: ISO 8601, UTC, microseconds, so that text order is time order."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

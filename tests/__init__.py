@@ -1,0 +1,9 @@
+"""Tests. `check` is the type checker that they put on every annotated function: beartype, with an int allowed as a float."""
+
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+
+
+def check(function: Any) -> Any:
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)

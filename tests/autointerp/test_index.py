@@ -1,0 +1,291 @@
+"""`index` on a run of one random model and a cache whose codes are known: rows are chosen, not captured."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from activations import InputError, Run, load_model
+from activations.files import lock
+from activations.shards import Shards, statistics
+from app.cli.index import command
+from autointerp import index as module
+from autointerp.index import index, logit_lens, neighbours
+from data.store import open_store
+from sae import save_sae
+from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.topk import TopKConfig, TopKSAE
+
+D, N_WORDS, CONTEXT = 8, 40, 64
+HOOK = "blocks.0.hook_resid_post"
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer; its vocabulary has 38 words and 2 entries without text."""
+    folder = tmp_path_factory.mktemp("model")
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(N_WORDS - 2)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w1").save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=D,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=N_WORDS,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def planted_rows(n: int, seed: int) -> Tensor:
+    """Each row has one entry of magnitude 2 to 4 and one of magnitude 1 to 2, of either sign; the others are 0.01."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(n, D - 1, generator=generator).argsort(dim=1)[:, :2]  # entry 7 is never chosen
+    sizes = 1 + torch.rand(n, 2, generator=generator) + torch.tensor([1.0, 0.0]) * torch.rand(n, 2, generator=generator)
+    signs = torch.randint(0, 2, (n, 2), generator=generator) * 2 - 1
+    return torch.full((n, D), 0.01).scatter_(1, places, sizes * signs)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, model_folder: Path) -> MakeRun:
+    """make_run(signed=, dtype=): a run of two shards of 640 rows and a dictionary that is the identity, k=2."""
+
+    def make(signed: bool = False, dtype: torch.dtype = torch.float32, d_in: int = D) -> Path:
+        run = Run.create(
+            tmp_path / "demo",
+            model=str(model_folder),
+            revision="r",
+            model_dtype="float32",
+            corpus="made up",
+            corpus_hash="0",
+            context=CONTEXT,
+            n_tokens=1280,
+        )
+        tokens = Shards(run.path / "activations" / "tokens")
+        cache = Shards(run.path / "activations" / HOOK)
+        cache.update(d_in=D, dtype=str(dtype).removeprefix("torch."), sink_threshold=50.0)
+        for shard in range(2):
+            row = torch.arange(640, dtype=torch.int32)
+            position = row % CONTEXT
+            rows = planted_rows(640, shard).to(dtype)
+            rows[100] = 100.0  # a sink
+            mask = (position > 0) & (rows.float().norm(dim=1) < 50.0)
+            docs = (row + 640 * shard) // 100
+            tokens.append({"ids": row % (N_WORDS - 2), "docs": docs.int(), "positions": position}, 640)
+            cache.append({"rows": rows, "mask": mask, **statistics(rows, mask, 1)}, 640)
+        tokens.update(complete=True)
+        cache.update(complete=True)
+        sizes = {"d_in": d_in, "d_sae": D, "k": 2}
+        sae = AbsTopKSAE(AbsTopKConfig(**sizes)) if signed else TopKSAE(TopKConfig(**sizes))
+        with torch.no_grad():
+            sae.W_enc.copy_(torch.eye(d_in, D))
+            sae.W_dec.copy_(torch.eye(D, d_in))
+        sae.metadata = {"hook_name": HOOK, "model_name": str(model_folder)}
+        folder = run.dictionary("planted")
+        folder.mkdir(parents=True)
+        save_sae(sae, folder)
+        return run.path
+
+    return make
+
+
+def ordinary(dtype: torch.dtype = torch.float32) -> Tensor:
+    """All 1,280 rows, in float32, those that are not ordinary set to 0."""
+    rows = torch.cat([planted_rows(640, 0), planted_rows(640, 1)]).to(dtype).float()
+    rows[::CONTEXT] = 0
+    rows[[100, 740]] = 0
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_a_signed_dictionary_is_that_of_the_rows(make_run: MakeRun, dtype: torch.dtype) -> None:
+    path = index(make_run(signed=True, dtype=dtype), batch=100)
+    rows = ordinary(dtype)
+    z = rows * (rows.abs() > 0.5)
+    with open_store(path.parent) as store:
+        assert store.signed
+        assert store.meta["n_tokens"] == str(1280 - 20 - 2)
+        assert store.meta["hook"] == HOOK
+        assert store.meta["architecture"] == "abstopk"
+        for number in range(D - 1):
+            feature = store.feature(number)
+            column = z[:, number]
+            fired = column[column != 0]
+            assert feature.n_active == len(fired)
+            assert feature.density == len(fired) / 1258
+            assert (feature.max, feature.min) == (column.max().item(), column.min().item())
+            assert feature.mean == pytest.approx(fired.mean().item(), abs=1e-6)
+            poles = {example.pole for example in store.examples(number)}
+            assert poles == {"+", "-"}
+            for example in store.examples(number):
+                length = len(example.token_ids)
+                assert example.acts == column[example.start : example.start + length].tolist()
+                assert example.token_ids == [(example.start % 640 + j) % (N_WORDS - 2) for j in range(length)]
+                assert example.doc == example.start // 100
+        assert not store.feature(7).alive
+        assert store.vocab[:2] == [b"w0", b"w1"]
+        assert len(store.vocab) == N_WORDS
+    assert sorted(p.name for p in path.parent.iterdir() if not p.name.endswith((".lock", ".holder"))) == [
+        "cfg.json",
+        "features.duckdb",
+        "sae_weights.safetensors",
+    ]
+
+
+def test_an_unsigned_dictionary_has_positive_values_only(make_run: MakeRun) -> None:
+    with open_store(index(make_run()).parent) as store:
+        assert not store.signed
+        assert store.page().total >= D - 1
+        for number in range(D):
+            assert store.feature(number).min == 0.0
+            assert {example.pole for example in store.examples(number)} <= {"+"}
+
+
+def test_the_batch_changes_nothing(make_run: MakeRun) -> None:
+    run = make_run(signed=True)
+    tables = []
+    for batch in (64, 4096):
+        with duckdb.connect(str(index(run, overwrite=True, batch=batch)), read_only=True) as connection:
+            names = ("features", "examples", "windows", "window_peaks", "vocab")
+            tables.append([connection.execute(f"FROM {name}").fetchall() for name in names])
+    assert tables[0] == tables[1]
+
+
+def test_a_part_of_the_cache_can_be_indexed(make_run: MakeRun) -> None:
+    run = make_run(signed=True)
+    with open_store(index(run, n_tokens=700).parent) as store:
+        assert store.meta["n_rows"] == "700"
+        assert store.meta["n_tokens"] == str(700 - 11 - 1)
+        assert store.feature(0).n_active == int((ordinary()[:700, 0].abs() > 0.5).sum())
+
+
+def test_the_logit_lens_is_the_centred_product_and_leaves_out_entries_without_text(
+    make_run: MakeRun, model_folder: Path
+) -> None:
+    run = make_run()
+    model = load_model(str(model_folder), dtype="float32", device="cpu")
+    head, gain = model.hf.get_output_embeddings().weight, model.hf.model.norm.weight  # type: ignore[operator,union-attr]
+    logits = (head * gain)[: N_WORDS - 2].T  # the dictionary's decoder is the identity
+    logits = logits - logits.mean(dim=1, keepdim=True)
+    with open_store(index(run).parent) as store:
+        for number in range(D):
+            feature = store.feature(number)
+            values, ids = logits[number].sort(descending=True)
+            assert [token.id for token in feature.top_logits] == ids[:10].tolist()
+            assert [token.id for token in feature.bottom_logits] == ids.flip(0)[:10].tolist()
+            assert [t.value for t in feature.top_logits] == pytest.approx(values[:10].tolist(), abs=1e-6)
+            assert sum(feature.logit_counts) == N_WORDS - 2
+            assert feature.logit_edges[0] == pytest.approx(values[-1].item(), abs=1e-6)
+            assert feature.logit_edges[-1] == pytest.approx(values[0].item(), abs=1e-6)
+            assert len(feature.logit_edges) == len(feature.logit_counts) + 1
+
+
+def test_the_lens_histogram_counts_every_logit_once() -> None:
+    W_U = torch.tensor([[-4.0, -3.9, 0.0, 1.0, 4.0]])
+    lens = logit_lens(torch.tensor([[1.0], [0.0]]), W_U, torch.arange(5).numpy())
+    assert lens.counts[0].nonzero()[0].tolist() == [0, 20, 25, 39]  # bars of 0.2 from -4 to 4
+    assert lens.counts[0][[0, 20, 25, 39]].tolist() == [2, 1, 1, 1]
+    assert lens.counts[1].tolist() == [5] + [0] * 39
+    assert lens.top_ids[0].tolist() == [4, 3, 2, 1, 0]
+    assert lens.bottom_values[0].tolist() == pytest.approx([-4.0, -3.9, 0.0, 1.0, 4.0])
+
+
+def test_neighbours_are_nearest_first_without_the_latent_itself() -> None:
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 165.0, 90.0]))
+    unit = torch.stack([angles.cos(), angles.sin()], dim=1)
+    found, cosines = neighbours(unit, 0, 1, signed=False)
+    assert found.tolist() == [[1, 3, 2]]
+    assert cosines[0].tolist() == pytest.approx([0.9848, 0.0, -0.9659], abs=1e-4)
+    found, cosines = neighbours(unit, 2, 4, signed=True)
+    assert found.tolist() == [[0, 1, 3], [2, 1, 0]]
+    assert cosines[0].tolist() == pytest.approx([-0.9659, -0.9063, 0.2588], abs=1e-4)
+
+
+def test_pieces_of_the_decoder_join_to_the_whole(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    features = []
+    for cells in (1 << 25, N_WORDS * 3):
+        monkeypatch.setattr(module, "_CELLS", cells)
+        with open_store(index(run, overwrite=True).parent) as store:
+            features.append([store.feature(number) for number in range(D)])
+    assert features[0] == features[1]
+
+
+def test_a_finished_index_is_only_replaced_on_request(make_run: MakeRun) -> None:
+    run = make_run()
+    path = index(run)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"demo is indexed already .*features.duckdb.*--overwrite"):
+        index(run)
+    assert path.read_bytes() == before
+    with open_store(path.parent) as old:
+        index(run, overwrite=True, n_tokens=640)
+        assert old.replaced
+        assert old.meta["n_rows"] == "1280"
+        assert old.examples(1)
+        with open_store(path.parent) as new:
+            assert new.meta["n_rows"] == "640"
+
+
+def test_wrong_input_is_one_line_and_leaves_nothing_behind(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(d_in=4)
+    folder = run / "dictionaries" / "planted"
+    with pytest.raises(InputError, match="rows of 4 values"):
+        index(run)
+    assert not (folder / ".index").exists()
+    with pytest.raises(InputError, match="n_tokens=0"):
+        index(run, n_tokens=0)
+    with lock(folder / ".index.lock"), pytest.raises(InputError, match="in use by process"):
+        index(run)
+    (run / "activations" / HOOK / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no activations at"):
+        index(run)
+    monkeypatch.chdir(tmp_path)
+    folder.rename(tmp_path / "alone")
+    with pytest.raises(InputError, match="lies in no run"):
+        index("alone")
+    assert not (tmp_path / "alone" / "features.duckdb").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_store(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    path = index(run)
+    before = path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_codes", full)
+    with pytest.raises(InputError, match="could not be indexed: .*No space left"):
+        index(run, overwrite=True)
+    assert path.read_bytes() == before
+    assert not (path.parent / ".index").exists()
+
+
+def test_the_command_prints_what_it_made_and_what_comes_next(make_run: MakeRun) -> None:
+    run = make_run()
+    result = CliRunner().invoke(command, [str(run), "--tokens", "1k"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "of 8 features fire in 982 tokens" in result.stdout
+    assert f"sae label {run}" in result.stdout
+    again = CliRunner().invoke(command, [str(run), "--overwrite", "--json"], catch_exceptions=False)
+    facts = json.loads(again.stdout)
+    assert (facts["features"], facts["tokens"]) == (8, 1258)
+    assert Path(facts["path"]).is_file()
+    assert CliRunner().invoke(command, [str(run), "--tokens", "some"]).exit_code == 2

@@ -1,0 +1,38 @@
+"""Fixtures: the real model, a small real run, a tiny random model."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(2)
+
+HOOK = "blocks.15.hook_resid_post"
+
+
+@pytest.fixture(scope="session")
+def model() -> "object":
+    """The embedded model in float32."""
+    from activations import load_model
+
+    return load_model(dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of the real model on the shipped corpus: 16 k tokens, a TopK dictionary of 512 latents, store and labels.
+
+    Read-only: copy it to change it.
+    """
+    from app.pipeline import collect_run, train_run
+    from autointerp.index import index
+
+    path = tmp_path_factory.mktemp("runs") / "small"
+    collect_run(path, hooks=[HOOK], tokens=16_384)
+    train_run(path, d_sae=512, k=16, tokens=100_000, batch=1024)
+    index(path)
+    yield path

@@ -1,0 +1,131 @@
+"""What every registered architecture must do. A new architecture is covered by being in the registry."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae import load_sae
+from sae.base import SAE, Config, State
+from sae.files import save_sae
+from sae.registry import REGISTRY
+from tests.tiny import planted_rows
+
+D_IN, D_SAE = 24, 40
+
+
+def config(name: str) -> Config:
+    entry = REGISTRY[name]
+    return entry.config(d_in=D_IN, d_sae=D_SAE, **{entry.sparsity: 5})
+
+
+def state(n_dead: int = 0) -> State:
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[:n_dead] = True
+    return State(step=0, n_steps=10, dead=dead, n_dead=n_dead)
+
+
+@pytest.fixture(params=list(REGISTRY))
+def sae(request) -> SAE:
+    rows, _ = planted_rows(512, D_IN, D_SAE, 4, signed=True)
+    made = REGISTRY[request.param].sae(config(request.param))
+    made.initialise(rows, seed=0)
+    return made
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return planted_rows(64, D_IN, D_SAE, 4, signed=True, seed=1)[0]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(sae, x):
+    alone = torch.cat([sae.encode(row[None]) for row in x])
+    torch.testing.assert_close(sae.encode(x), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_and_dense_codes_agree(sae, x):
+    values, indices = sae.encode_sparse(x)
+    assert values.dtype == torch.float32
+    assert indices.dtype == torch.long
+    z = torch.zeros(len(x), D_SAE)
+    for n in range(len(x)):
+        for value, i in zip(values[n], indices[n], strict=True):
+            z[n, i] += value
+    torch.testing.assert_close(sae.encode(x), z)
+    torch.testing.assert_close(sae.decode(z, x), sae.reconstruct(x), atol=1e-5, rtol=1e-5)
+
+
+def test_only_signed_architectures_have_negative_latents(sae, x):
+    assert bool((sae.encode(x) < 0).any()) == sae.signed
+
+
+def test_loss_and_gradients_are_finite_with_and_without_dead_latents(sae, x):
+    for n_dead in (0, 15, D_SAE):
+        sae.zero_grad()
+        loss = sae.loss(x, x, state(n_dead))
+        loss.total.backward()
+        assert torch.isfinite(loss.total)
+        assert all(torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None)
+        assert loss.fired.dtype == torch.bool
+        assert torch.equal(loss.fired, (sae.encode(x) != 0).any(dim=0))
+
+
+def test_training_lowers_the_loss_and_keeps_rows_at_norm_one(sae, x):
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    first = last = float("nan")
+    for step in range(60):
+        loss = sae.loss(x, x, state())
+        first, last = (loss.terms["fvu"].item() if step == 0 else first), loss.terms["fvu"].item()
+        adam.zero_grad()
+        loss.total.backward()
+        sae.before_step()
+        adam.step()
+        sae.after_step(state())
+    assert last < 0.7 * first
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_unscaling_gives_the_same_dictionary_of_unscaled_rows(sae, x):
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)
+        z, x_hat = sae.encode(3.0 * x), sae.reconstruct(3.0 * x)
+    sae.unscale(3.0)
+    torch.testing.assert_close(sae.encode(x) * 3.0, z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae.reconstruct(x) * 3.0, x_hat, atol=1e-4, rtol=1e-4)
+
+
+def test_saved_and_loaded_it_is_the_same(sae, x, tmp_path):
+    sae.metadata = {"model_name": "m", "hook_name": "blocks.1.hook_resid_post"}
+    save_sae(sae, tmp_path / "d")
+    loaded = load_sae(tmp_path / "d")
+    assert type(loaded) is type(sae)
+    assert loaded.cfg == sae.cfg
+    assert loaded.hook == "blocks.1.hook_resid_post"
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    assert load_file(tmp_path / "d/sae_weights.safetensors")["W_enc"].shape == (D_IN, D_SAE)
+
+
+def test_the_gradient_that_only_changes_norms_is_taken_out(sae, x):
+    sae.loss(x, x, state()).total.backward()
+    assert (sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max() > 1e-6
+    sae.before_step()
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(dim=1), torch.zeros(D_SAE), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_classes_are_final_and_configs_frozen(name):
+    entry = REGISTRY[name]
+    assert entry.sae.architecture == name
+    assert not entry.sae.__subclasses__()
+    assert not any(other.sae in entry.sae.__mro__[1:] for other in REGISTRY.values())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config(name).d_sae = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+@pytest.mark.parametrize("sparsity", [0, -1, D_SAE + 1])
+def test_impossible_sparsity_is_refused(name, sparsity):
+    entry = REGISTRY[name]
+    with pytest.raises(ValueError, match="out of range: expected 0 <"):
+        entry.config(d_in=D_IN, d_sae=D_SAE, **{entry.sparsity: sparsity})
