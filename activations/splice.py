@@ -51,7 +51,8 @@ def torch_module(model: object) -> nn.Module:
 def read(model: object, hooks: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within the block, each forward pass leaves its activations in the yielded dict: hook name -> (batch, time, d).
 
-    stop: end each forward pass after the last of `hooks`. The model's call then returns None inside the block.
+    stop: end each forward pass after the last of `hooks`. Call the torch module then
+        (`model.hf(...)`), which returns None.
     Raises InputError for a hook that the model lacks; no hook is left on the model then.
     """
     module = torch_module(model)

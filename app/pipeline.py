@@ -1,7 +1,8 @@
 """The steps that join rooms: corpus to activations, run to dictionary, the demo. Commands and notebooks call these."""
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,15 @@ from activations.capture import collect
 from activations.errors import InputError
 from activations.model import DTYPES, Model, load_model
 from activations.run import Run
+from autointerp.client import ChatClient
+from autointerp.index import index
+from autointerp.label import label, pick_features
+from autointerp.local_server import default_model, local_server, model_alias
 from data.corpora import corpus_fingerprint, read_corpus
+from data.store import open_store
+from data.store.schema import STORE_FILE
 from data.tokens import pack, separator_of
+from sae.evals.suite import EVAL, evaluate
 from sae.registry import REGISTRY
 from sae.train import Training, default_name, train
 
@@ -106,3 +114,43 @@ def train_run(
         shutil.rmtree(folder)
     finished = (folder / "cfg.json").exists()
     return Trained(train(run, settings, name=name, device=device, keep=keep), finished)
+
+
+DEMO_TOKENS = 300_000
+DEMO_VISITS = 1_500_000
+DEMO_LATENTS = 4_608
+DEMO_LABELS = 20
+
+
+def demo(path: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> Path:
+    """The whole pipeline, small: activations, a TopK dictionary, metrics, feature store, labels. Returns its folder.
+
+    What is done already is passed over, so a killed demo goes on. say: receives one line a stage.
+    """
+    done = {"start": time.monotonic()}
+
+    def stage(line: str) -> None:
+        say(f"[{time.monotonic() - done['start']:4.0f} s] {line}")
+
+    stage(f"1/5 activations: {DEMO_TOKENS:,} tokens of the sample corpus through the middle layer of the embedded model")
+    run = collect_run(path, tokens=DEMO_TOKENS, device=device)
+    hook = run.hooks()[0]
+    stage(f"2/5 dictionary: TopK, {DEMO_LATENTS:,} latents, k 32, {DEMO_VISITS:,} token visits at {hook}")
+    folder = train_run(path, hook=hook, d_sae=DEMO_LATENTS, k=32, tokens=DEMO_VISITS, device=device).folder
+    stage("3/5 metrics, on documents that were not trained on")
+    if not (folder / EVAL).exists():
+        evaluate(folder, load_model(run.meta["model"], device=device), n_contexts=48)
+    stage("4/5 feature store")
+    if not (folder / STORE_FILE).exists():
+        index(folder, device=device)
+    stage(f"5/5 explanations: simple rules for every living feature, the local language model for {DEMO_LABELS}")
+    label(folder, explainer="lexical")
+    try:
+        with local_server() as url:
+            with open_store(folder) as store:
+                features = pick_features(store, DEMO_LABELS)
+            label(folder, features=features, client=ChatClient(model_alias(default_model()), url))
+    except InputError as error:  # the extra is not installed: the rules' explanations stand
+        stage(f"no language model's labels: {error}")
+    stage("done")
+    return folder

@@ -25,5 +25,5 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
-    "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=1e-3),
+    "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
 }

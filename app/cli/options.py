@@ -9,7 +9,7 @@ import click
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[int]):
     """A whole number such as 4096, 500k, 2M or 1.5B."""
 
     name = "number"

@@ -1,0 +1,1 @@
+"""Who writes explanations: a language model, or a search over simple rules."""
