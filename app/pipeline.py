@@ -14,6 +14,7 @@ from autointerp.client import ChatClient
 from autointerp.index import index
 from autointerp.label import label, pick_features
 from autointerp.local_server import default_model, local_server, model_alias
+from autointerp.scorers.detection import QUICK
 from data.corpora import corpus_fingerprint, read_corpus
 from data.store import open_store
 from data.store.schema import STORE_FILE
@@ -149,7 +150,8 @@ def demo(path: Path, *, device: str = "auto", say: Callable[[str], None] = print
         with local_server() as url:
             with open_store(folder) as store:
                 features = pick_features(store, DEMO_LABELS)
-            label(folder, features=features, client=ChatClient(model_alias(default_model()), url))
+            client = ChatClient(model_alias(default_model()), url)
+            label(folder, features=features, client=client, options=QUICK)
     except InputError as error:  # the extra is not installed: the rules' explanations stand
         stage(f"no language model's labels: {error}")
     stage("done")

@@ -6,12 +6,16 @@ libraries have.
 Names: n rows, k places a row, m = d_sae. An unused place holds value 0 and any index.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Torch says once a process that sparse CSR tensors are in beta; what we use of them is tested against the dense form.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 def to_dense(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> Float[Tensor, "n d_sae"]:

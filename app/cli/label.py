@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LIMIT = 20
 """Features that a language model explains when none are named."""
+WINDOWS, WINDOWS_LOCAL = 10, 5
+"""Judged of each kind: what a server answers in no time takes this machine a while."""
 
 
 def feature_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
@@ -48,12 +50,24 @@ def feature_numbers(ctx: click.Context, param: click.Parameter, value: str | Non
     help=f"So many features in a random order, out of those that fire on 0.01 % to 10 % of tokens; a larger number "
     f"goes on with the same list. [default: {LIMIT}; with --explainer lexical all that fire]",
 )
-@click.option("--explainer", type=click.Choice(["llm", "lexical"]), default="llm", show_default=True)
+@click.option(
+    "--explainer",
+    type=click.Choice(["llm", "lexical"]),
+    default="llm",
+    show_default=True,
+    help="Who explains: a language model, or a search over simple rules that costs nothing.",
+)
 @click.option("--local", is_flag=True, help="Ask a model on this machine: the embedded one, or the GGUF file in --llm.")
 @click.option("--base-url", metavar="URL", help="Ask a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1.")
 @click.option("--llm", metavar="NAME", help="The model's name at the server.")
 @click.option("--concurrency", type=COUNT, default=4, show_default=True, help="Requests under way at once.")
 @click.option("--budget", type=COUNT, metavar="TOKENS", help="Stop before more tokens than this are read and written.")
+@click.option(
+    "--windows",
+    type=click.IntRange(3, 1000),
+    help="Judge so many windows in which the feature fires, and as many in which it does not. "
+    f"[default: {WINDOWS}; {WINDOWS_LOCAL} with --local]",
+)
 @click.option("--score/--no-score", default=True, help="Have explanations judged on unseen text.")
 @click.option("--redo", is_flag=True, help="Explain again what is explained already.")
 @json_option
@@ -67,6 +81,7 @@ def command(
     llm: str | None,
     concurrency: int,
     budget: int | None,
+    windows: int | None,
     score: bool,
     redo: bool,
     as_json: bool,
@@ -84,6 +99,7 @@ def command(
     if local and base_url:
         raise click.UsageError("Give --local or --base-url, not both.")
     from autointerp.label import label, pick_features
+    from autointerp.scorers.detection import DetectionOptions
     from data.store import open_store
 
     if features is None and (explainer == "llm" or limit is not None):
@@ -92,9 +108,17 @@ def command(
     if explainer == "lexical":
         report = label(address, features=features, explainer="lexical", scorer=score, redo=redo)
     else:
+        n = windows or (WINDOWS_LOCAL if local else WINDOWS)
+        options = DetectionOptions(n_active=n, n_off=n)
         with _client(local, base_url, llm, concurrency) as client:
             report = label(
-                address, features=features, client=client, scorer=score, redo=redo, budget_tokens=budget
+                address,
+                features=features,
+                client=client,
+                scorer=score,
+                redo=redo,
+                budget_tokens=budget,
+                options=options,
             )
     found = {**dataclasses.asdict(report), "scores": _scores(address, features, explainer)}
     click.echo(json.dumps(found) if as_json else _told(report, found["scores"]))

@@ -75,11 +75,10 @@ def test_the_server_listens_on_this_machine_only_sends_nothing_and_ignores_the_w
     assert {"--server.address=127.0.0.1", "--browser.gatherUsageStats=false", "--server.headless=true"} <= set(line)
 
 
-def test_the_server_is_told_where_the_runs_are_and_what_the_user_has_set_wins(tmp_path: Path, monkeypatch):
+def test_the_server_is_told_where_the_runs_are_and_keeps_the_environment(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/somewhere")
     assert server_environment(tmp_path)["SAE_RUNS_DIR"] == str(tmp_path)
-    assert server_environment(tmp_path)["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert server_environment(tmp_path)["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert server_environment(tmp_path)["HF_HOME"] == "/somewhere"
 
 
 def test_the_host_is_this_machine_unless_told_otherwise():

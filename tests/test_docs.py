@@ -1,0 +1,42 @@
+"""The README cannot drift: its commands exist, its snippet runs, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from app.cli import _COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_command_is_in_the_readme_and_no_other():
+    named = set(re.findall(r"\bsae ([a-z]+)\b", " ".join(re.findall(r"`([^`]+)`|^(sae .+)$", README, flags=re.M)[0]) + README))
+    assert set(_COMMANDS) <= named
+    assert not named - set(_COMMANDS) - {"command", "workbench"}, "the README names a command that is not there"
+
+
+@pytest.mark.parametrize("name", list(_COMMANDS))
+def test_every_command_has_help_and_every_option_says_what_it_does(name):
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help or option.name in ("seed", "explainer"), option.name
+
+
+def test_options_in_the_readme_exist():
+    for line in re.findall(r"^sae ([a-z]+)(.*)$", README, flags=re.M):
+        command = main.get_command(click.Context(main), line[0])
+        assert command is not None
+        known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}
+        for word in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line[1].split("#")[0].split("&&")[0]):
+            assert word in known, f"sae {line[0]} {word}"
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
