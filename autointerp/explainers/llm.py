@@ -21,8 +21,8 @@ from autointerp.windows import ActiveWindow, spread
 from data.store import Store
 
 EXPLAINER = "max-activating"
-N_TOP = 5
-N_OTHERS = 3
+N_TOP = 4
+N_OTHERS = 2
 N_WORDS = 8
 _MAX_TOKENS = 60
 _MAX_LENGTH = 200
@@ -52,7 +52,7 @@ async def explain(client: ChatClient, store: Store, windows: Sequence[ActiveWind
 
 
 def choose(windows: Sequence[ActiveWindow]) -> list[ActiveWindow]:
-    """The strongest windows, and as many again from over the rest of the range, in that order."""
+    """The strongest windows, and some from over the rest of the range, in that order."""
     return [*windows[:N_TOP], *spread(windows[N_TOP:], N_OTHERS)]
 
 

@@ -62,7 +62,7 @@ def test_an_oracle_scores_high_on_true_explanations_and_chance_on_others(server,
     assert min(s.value for s in accuracy) >= 0.9
     assert 0.35 < np.mean([s.control for s in accuracy]) < 0.65
     assert all(s.control < s.lo for s in accuracy if s.value == 1.0 and s.control < 0.6)
-    assert all((s.chance, s.failures, s.n, s.model) == (0.5, 0, 16, MODEL) for s in accuracy)
+    assert all((s.chance, s.failures, s.n, s.model) == (0.5, 0, 20, MODEL) for s in accuracy)
     assert min(s.cost_tokens for s in accuracy) > 1000
 
 
@@ -149,7 +149,7 @@ def test_single_unread_answers_are_failures_of_the_score(server, folder):
     label(folder, features=FEATURES, client=ChatClient(MODEL, server.base_url))
     _, scores = stored(folder)
     assert sorted(s.failures for s in scores if s.scorer == DETECTION) == [0, 0, 0, 0, 0, 1]
-    assert min(s.n for s in scores) == 15
+    assert min(s.n for s in scores) == 19
 
 
 def test_without_log_probabilities_there_is_accuracy_and_no_auroc(server, folder):
@@ -163,7 +163,7 @@ def test_batches_ask_fewer_times_for_the_same_scores(server, folder):
     options = DetectionOptions(batch=4)
     label(folder, features=FEATURES, client=ChatClient(MODEL, server.base_url), options=options)
     _, scores = stored(folder)
-    assert len(server.judged) == len(FEATURES) * 2 * 16 / 4
+    assert len(server.judged) == len(FEATURES) * 2 * 20 / 4
     assert min(s.value for s in scores) >= 0.9
 
 

@@ -97,7 +97,7 @@ def recovered(sae: SAE, directions: torch.Tensor) -> float:
 def trained(tmp_path, rows, architecture: str, d_sae: int, field: str = "k") -> SAE:
     run = planted_run(tmp_path / architecture, rows)
     settings = Training(
-        architecture=architecture, hook=HOOK, sizes={"d_sae": d_sae, field: 3}, n_tokens=400_000, batch=512, lr=3e-3
+        architecture=architecture, hook=HOOK, sizes={"d_sae": d_sae, field: 3}, n_tokens=150_000, batch=256, lr=3e-3
     )
     return load_sae(train(run, settings))
 
