@@ -133,7 +133,9 @@ def demo(path: Path, *, device: str = "auto", say: Callable[[str], None] = print
     def stage(line: str) -> None:
         say(f"[{time.monotonic() - done['start']:4.0f} s] {line}")
 
-    stage(f"1/5 activations: {DEMO_TOKENS:,} tokens of the sample corpus through the middle layer of the embedded model")
+    stage(
+        f"1/5 activations: {DEMO_TOKENS:,} tokens of the sample corpus through the middle layer of the embedded model"
+    )
     run = collect_run(path, tokens=DEMO_TOKENS, device=device)
     hook = run.hooks()[0]
     stage(f"2/5 dictionary: TopK, {DEMO_LATENTS:,} latents, k 32, {DEMO_VISITS:,} token visits at {hook}")

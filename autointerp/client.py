@@ -340,7 +340,7 @@ def _parse(body: bytes, content_type: str) -> Reply:
         places = (choice.get("logprobs") or {}).get("content") or []
         choices = tuple(TokenChoice(token=place["token"], top=_top(place)) for place in places[:64])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise AskError(f"the reply is no chat completion ({content_type or 'no content type'})") from None
+        raise AskError(f"the reply is no chat completion ({_one_line(content_type) or 'no content type'})") from None
     if not isinstance(text, str):
         raise AskError("the reply holds no text")
     return Reply(text=text[:_MAX_TEXT], choices=choices, tokens_in=tokens[0], tokens_out=tokens[1])
@@ -364,4 +364,4 @@ def _one_line(text: str) -> str:
     """At most 200 characters of a foreign message on one line, with the key struck out should it be quoted."""
     if key := os.environ.get(KEY_VARIABLE, "").strip():
         text = text.replace(key, "***")
-    return " ".join(text.split())[:200]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]

@@ -4,7 +4,9 @@ Features are worked on in blocks because a score's control is the explanation of
 follow from the list of features alone, so that a resumed job ends with the same scores as one that was never killed.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -43,16 +45,22 @@ async def label_by_model(
         async with client:
             await client.check()
             with tqdm(total=len(features), desc=f"asking {client.model}", unit="feature", disable=None) as bar:
-                for block in blocks(features, _BLOCK):
+                for start, block in enumerate(blocks(features, _BLOCK)):
                     examples = store.examples_of(block)
                     targets = [(feature, pole) for feature in block for pole in poles(examples.get(feature, []))]
                     n_targets += len(targets)
-                    await settle([_explain(job, client, t, examples) for t in targets if t not in job.known])
+                    step = len(block) / len(targets) / (1 + scorer)
+                    unknown = [t for t in targets if t not in job.known]
+                    await settle([_then(bar, step, _explain(job, client, t, examples)) for t in unknown])
                     if scorer:
                         texts = {t: job.known[t].text for t in targets if t in job.known}
                         unscored = [t for t in targets if job.lacks_score(t)]
-                        await settle([_score(job, client, t, examples, texts, options) for t in unscored])
-                    bar.update(len(block))
+                        # As many features at once as requests: one is finished before the next is begun, so that a
+                        # budget or a kill leaves few of them half judged.
+                        gate = asyncio.Semaphore(client.concurrency)
+                        work = [_score(job, client, t, examples, texts, options, gate) for t in unscored]
+                        await settle([_then(bar, step, each) for each in work])
+                    bar.update(start * _BLOCK + len(block) - bar.n)
     except BudgetError as error:
         stopped = f"the budget is used up: {error}"
     finally:
@@ -60,6 +68,12 @@ async def label_by_model(
         client.cache = client.budget_tokens = None
         job.flush()
     return job.report(n_targets, client.tokens_in - spent[0], client.tokens_out - spent[1], stopped)
+
+
+async def _then(bar: "tqdm[Any]", step: float, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work and move the bar on."""
+    await work
+    bar.update(step)
 
 
 async def _explain(job: Job, client: ChatClient, target: Target, examples: dict[int, list[Example]]) -> None:
@@ -82,6 +96,7 @@ async def _score(
     examples: dict[int, list[Example]],
     texts: dict[Target, str],
     options: DetectionOptions,
+    gate: asyncio.Semaphore,
 ) -> None:
     """Judge the target's explanation and a control on the same windows; nothing is stored when half went unanswered."""
     feature, _ = target
@@ -90,8 +105,9 @@ async def _score(
         return
     own = texts[target]
     other = pick_control(target, texts) or pick_control(target, {target: own} | _stored_texts(job.store))
-    mine = await detection.judge(client, job.store, own, held_out, options.batch)
-    control = await detection.judge(client, job.store, other, held_out, options.batch) if other else None
+    async with gate:
+        mine = await detection.judge(client, job.store, own, held_out, options.batch)
+        control = await detection.judge(client, job.store, other, held_out, options.batch) if other else None
     cost = mine.cost_tokens + (control.cost_tokens if control else 0)
     measured = False
     for scorer, measure in ((DETECTION, detection.accuracy), (detection.AUROC, detection.ranking)):

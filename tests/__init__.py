@@ -1,4 +1,4 @@
-"""Tests. `check` is the type checker that they put on every annotated function: beartype, with an int allowed as a float."""
+"""Tests. `check` is the type checker put on every annotated function: beartype, with an int allowed as a float."""
 
 from typing import Any
 

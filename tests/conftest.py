@@ -1,7 +1,6 @@
 """Fixtures: the real model, a small real run, a tiny random model."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ def model() -> "object":
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the real model on the shipped corpus: 16 k tokens, a TopK dictionary of 512 latents, store and labels.
 
     Read-only: copy it to change it.
@@ -35,4 +34,4 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     collect_run(path, hooks=[HOOK], tokens=16_384)
     train_run(path, d_sae=512, k=16, tokens=100_000, batch=1024)
     index(path)
-    yield path
+    return path

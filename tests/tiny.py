@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations.run import Run
 from activations.shards import Shards, statistics
@@ -12,10 +15,8 @@ from activations.shards import Shards, statistics
 HOOK = "blocks.0.hook_resid_post"
 
 
-def tiny_model(seed: int = 0, n_layers: int = 3) -> object:
-    """A 3-layer Llama of width 32 with random weights, float32. Its tokenizer is never used."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def tiny_model(seed: int = 0, n_layers: int = 3) -> LlamaForCausalLM:
+    """A 3-layer Llama of width 32 with random weights, float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=32,
@@ -30,11 +31,24 @@ def tiny_model(seed: int = 0, n_layers: int = 3) -> object:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 101 words, w0 to w100."""
+    vocab = {f"w{i}": i for i in range(101)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="w0")), pad_token="w0")
+
+
 def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int = 512, n_docs: int = 40) -> Run:
     """A run whose cache holds `rows` at HOOK: no sinks, contexts of 16, documents spread evenly."""
     n = len(rows) // context * context
     run = Run.create(
-        path, model="none", revision="none", model_dtype="float32", corpus="none", corpus_hash="", context=context, n_tokens=n
+        path,
+        model="none",
+        revision="none",
+        model_dtype="float32",
+        corpus="none",
+        corpus_hash="",
+        context=context,
+        n_tokens=n,
     )
     tokens, cache = Shards(path / "activations" / "tokens"), Shards(path / "activations" / HOOK)
     cache.update(d_in=rows.shape[1], dtype="float32", sink_threshold=1e9)

@@ -9,7 +9,9 @@ from app.cli.options import device_option
 
 
 @click.command()
-@click.option("--run", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--run", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Where to put it."
+)
 @device_option
 def command(run: Path, device: str) -> None:
     """Cache activations, train, measure, index, label; ends with the line that opens the app. Killed, it goes on."""

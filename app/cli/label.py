@@ -176,7 +176,7 @@ def _told(report: "LabelReport", scores: dict[str, Any]) -> str:
         control = "" if scores["control"] is None else f"; with another feature's explanation {scores['control']:.2f}"
         mean = f"mean of {scores['n']:,}: {scores['balanced_accuracy']:.2f}"
         lines.append(f"Balanced accuracy on unseen text, {mean} (chance 0.50{control}).")
-    lines += [f"Failed {n:,} times: {reason}." for reason, n in report.reasons]
+    lines += [f"Failed {n:,} {'time' if n == 1 else 'times'}: {reason}." for reason, n in report.reasons]
     if report.stopped:
         lines.append(f"Stopped early: {report.stopped}. The same command with a larger --budget goes on.")
     return "\n".join(lines)

@@ -13,14 +13,14 @@ from activations.model import Model
 from activations.run import Run
 from activations.shards import Shards
 from activations.splice import read
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 
 
 @pytest.fixture
 def tiny() -> Model:
-    return Model("tiny", "0", tiny_model(), tokenizer=None)  # type: ignore[arg-type]
+    return Model("tiny", "0", tiny_model(), tiny_tokenizer())
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,14 @@ def contexts(n: int = 20, context: int = 16):
 
 def new_run(path: Path, n_tokens: int = 320) -> Run:
     return Run.create(
-        path, model="tiny", revision="0", model_dtype="float32", corpus="c", corpus_hash="h", context=16, n_tokens=n_tokens
+        path,
+        model="tiny",
+        revision="0",
+        model_dtype="float32",
+        corpus="c",
+        corpus_hash="h",
+        context=16,
+        n_tokens=n_tokens,
     )
 
 

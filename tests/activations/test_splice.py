@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 
 @pytest.fixture(scope="module")
 def hf() -> nn.Module:
-    return tiny_model()  # type: ignore[return-value]
+    return tiny_model()
 
 
 IDS = torch.arange(1, 13).view(2, 6)

@@ -65,7 +65,21 @@ def test_k_above_the_width_is_refused(copied_run):
 
 
 def test_several_dictionaries_ask_for_one(copied_run):
-    made = sae("train", copied_run, "--arch", "abstopk", "--d-sae", "64", "-k", "4", "--tokens", "20k", "--name", "two", "--json")
+    made = sae(
+        "train",
+        copied_run,
+        "--arch",
+        "abstopk",
+        "--d-sae",
+        "64",
+        "-k",
+        "4",
+        "--tokens",
+        "20k",
+        "--name",
+        "two",
+        "--json",
+    )
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["l0"] == 4
     done = sae("eval", copied_run)
@@ -120,8 +134,21 @@ def test_runs_lists_what_there_is(copied_run):
 
 
 def test_steer_prints_both_texts(copied_run):
-    done = sae("steer", copied_run, "--feature", "3", "--strength", "6", "--prompt", "The weather is", "--max-tokens", "8", "--json")
+    done = sae(
+        "steer",
+        copied_run,
+        "--feature",
+        "3",
+        "--strength",
+        "6",
+        "--prompt",
+        "The weather is",
+        "--max-tokens",
+        "8",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     texts = json.loads(done.stdout)
-    assert texts["base"].startswith("The weather is")
+    assert texts["prompt"] == "The weather is"
+    assert texts["base"]
     assert texts["steered"] != texts["base"]

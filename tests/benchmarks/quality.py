@@ -1,12 +1,12 @@
-"""Our dictionaries beside SAELens' and dictionary_learning's: the same cached activations, order, width, k, batch, steps.
+"""Our dictionaries beside SAELens' and dictionary_learning's: same cached activations, order, width, k, batch, steps.
 
     python tests/benchmarks/quality.py RUN --hook HOOK --arch topk --seeds 0 1 2 --d-sae 4608 -k 32 --steps 3000
 
-Needs `pip install sae-lens dictionary-learning` in an environment of its own. One JSON line a dictionary: FVU and L0 over
-ordinary tokens of held-out documents. Every trainer is the peer's own class with its own loss, optimiser and defaults;
-each peer also runs at our learning rate (`lr` in its row), and its better row is the one to compare with. All get x
-scaled to a mean norm of sqrt(d_in), as each of them advises. JumpReLU is compared at the L0 that a peer reached: ours is
-trained to that L0 (`--l0`).
+Needs `pip install sae-lens dictionary-learning` in an environment of its own. One JSON line a dictionary: FVU and L0
+over ordinary tokens of held-out documents. Every trainer is the peer's own class with its own loss, optimiser and
+defaults; each peer also runs at our learning rate (`lr` in its row), and its better row is the one to compare with.
+All get x scaled to a mean norm of sqrt(d_in), as each of them advises. JumpReLU is compared at the L0 that a peer
+reached: ours is trained to that L0 (`--l0`).
 """
 
 import argparse
@@ -41,7 +41,7 @@ def saelens(args: argparse.Namespace, batches: Iterator[Tensor], d_in: int, lr: 
     torch.manual_seed(seed)
     sizes = {"d_in": d_in, "d_sae": args.d_sae, "dtype": "float32", "device": args.device}
     if args.arch == "jumprelu":
-        # Gemma Scope 2's loss at sqrt(d) scale, with the gradient to the encoder: of SAELens' modes the one with a target
+        # Gemma Scope 2's loss, with the gradient to the encoder: of SAELens' modes the one with a target
         config = JumpReLUTrainingSAEConfig(
             jumprelu_sparsity_loss_mode="quadratic",
             target_l0=float(args.k),

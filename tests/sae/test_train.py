@@ -19,7 +19,9 @@ def run(tmp_path):
 
 def settings(**changes) -> Training:
     sizes = changes.pop("sizes", {"d_sae": 64, "k": 2})
-    return Training(**{"architecture": "topk", "hook": HOOK, "sizes": sizes, "n_tokens": 25_600, "batch": 64, **changes})
+    return Training(
+        **{"architecture": "topk", "hook": HOOK, "sizes": sizes, "n_tokens": 25_600, "batch": 64, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(run, monkeypatch, architec
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
-def test_the_last_checkpoints_stay(run, monkeypatch):
+def test_the_last_checkpoints_stay(run):
     folder = train(run, settings(), checkpoint_seconds=0.0, keep=3)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step-{n:09d}" for n in (360, 380, 400)]
 
@@ -102,7 +104,9 @@ def test_statistics_are_those_of_the_latents(run):
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"junk"), "missing or damaged"),
         (lambda f: (f / "sae_weights.safetensors").unlink(), "missing or damaged"),
         (
-            lambda f: (f / "cfg.json").write_text((f / "cfg.json").read_text().replace('"d_sae": 64', '"d_sae": 999999999')),
+            lambda f: (f / "cfg.json").write_text(
+                (f / "cfg.json").read_text().replace('"d_sae": 64', '"d_sae": 999999999')
+            ),
             "cfg.json says",
         ),
         (
