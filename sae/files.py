@@ -19,6 +19,7 @@ from sae.base import SAE, ConfigError, Statistics
 from sae.registry import REGISTRY
 
 WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.safetensors"
+_SAELENS = "6.54.12"  # whose form this is; without a version SAELens takes cfg.json for an older one and drops metadata
 # What SAELens writes for a dictionary that takes activations as the model has them; anything else is refused.
 _PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
 
@@ -41,7 +42,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
             "dtype": "float32",
             "device": "cpu",
             **_PLAIN,
-            "metadata": sae.metadata,
+            "metadata": {"sae_lens_version": _SAELENS, **sae.metadata},
         },
     )
 

@@ -23,17 +23,18 @@ class Group:
     rows: Sequence[Row]
 
 
-def groups_html(view: FeatureView, bands: int, around: int | None) -> str:
+def groups_html(view: FeatureView, tops: int, bands: int, around: int | None) -> str:
     """All groups of a feature.
 
-    bands: value intervals of the store. around: tokens shown either side of the peak, None for all.
+    tops: windows of largest value that the store holds; what follows them completes a split. bands: its value
+    intervals. around: tokens shown either side of the peak, None for all.
     """
     scale = scale_of(view.feature)
     return "".join(
         f'<div class="group"><div class="section">{esc(group.title)} '
         f'<span class="muted">{esc(group.about)}</span></div>'
         f"{rows_html(group.rows, scale, around)}</div>"
-        for group in groups(view, bands)
+        for group in groups(view, tops, bands)
     )
 
 
@@ -42,9 +43,13 @@ def scale_of(feature: Feature) -> float:
     return max(abs(feature.max), abs(feature.min))
 
 
-def groups(view: FeatureView, bands: int) -> list[Group]:
+def groups(view: FeatureView, tops: int, bands: int) -> list[Group]:
     """The groups that have windows, in the order in which they are shown."""
-    rows = list(zip(view.examples, view.pieces, strict=True))
+    rows = [
+        (example, pieces)
+        for example, pieces in zip(view.examples, view.pieces, strict=True)
+        if example.kind != "top" or example.rank < tops
+    ]
     poles = [p for p in ("+", "-") if any(e.pole == p for e in view.examples)]
     shown = []
     for kind, band in [("top", None), *(("interval", b) for b in reversed(range(bands))), ("random", None)]:

@@ -235,7 +235,8 @@ def examples(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
             bind="query-params",
             label_visibility="collapsed",
         )
-    st.html(groups_html(view, int(store.meta.get("bands", "4")), AROUND if around == PEAKS else None))
+    tops, bands = int(store.meta["top"]), int(store.meta["bands"])
+    st.html(groups_html(view, tops, bands, AROUND if around == PEAKS else None))
 
 
 def beside(dictionary: Dictionary, store: Store, view: FeatureView) -> None:

@@ -295,6 +295,7 @@ class _Build:
             "n_documents": n_documents,
             "d_sae": self.n_features,
             "window": self.options.window,
+            "top": self.options.top,
             "bands": self.options.bands,
             "seed": self.options.seed,
         }
