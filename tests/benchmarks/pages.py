@@ -1,6 +1,6 @@
 """How long a rerun of the feature page and of the list takes, on a planted store.
 
-    python tests/benchmarks/pages.py --features 9216
+    python -m tests.benchmarks.pages --features 9216
 
 Times whole script runs under AppTest (no browser, no network), one JSON line: median and largest of 30 features that
 were not seen before, of one seen before, and of list pages.
