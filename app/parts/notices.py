@@ -3,6 +3,8 @@
 import streamlit as st
 
 from app.parts.markup import code, esc
+from app.runs import Dictionary, sae
+from data.store import StoreError
 
 
 def empty_html(what: str, why: str, command: str | None = None) -> str:
@@ -24,3 +26,12 @@ def wrong(what: str, message: str = "") -> None:
 def note(what: str, message: str = "") -> None:
     """Show a remark."""
     st.html(f'<div class="notice"><b>{esc(what)}</b>{esc(message)}</div>')
+
+
+def no_store(dictionary: Dictionary, error: StoreError) -> None:
+    """Say why a dictionary's feature store cannot be shown: there is none yet, or `error`."""
+    if dictionary.has_store:
+        wrong("The feature store cannot be read", str(error))
+    else:
+        why = f"{dictionary.address} has been trained, but not yet been run over text for examples and figures:"
+        empty("No feature store yet", why, sae("index", dictionary.address))

@@ -61,14 +61,7 @@ def page() -> None:
             return
         show(dictionary, store, queries.feature_view(dictionary, feature))
     except StoreError as error:
-        if not dictionary.has_store:
-            notices.empty(
-                "No feature store yet",
-                f"{dictionary.address} has been trained, but not yet been run over text for examples and figures:",
-                sae("index", dictionary.address),
-            )
-        else:
-            notices.wrong("The feature store cannot be read", str(error))
+        notices.no_store(dictionary, error)
 
 
 def asked_feature(dictionary: Dictionary, store: Store) -> int | None:

@@ -46,14 +46,7 @@ def page() -> None:
             return
         browse(dictionary, found, signed)
     except StoreError as error:
-        if not dictionary.has_store:
-            notices.empty(
-                "No feature store yet",
-                f"{dictionary.address} has been trained, but not yet been run over text for examples and figures:",
-                sae("index", dictionary.address),
-            )
-        else:
-            notices.wrong("The feature store cannot be read", str(error))
+        notices.no_store(dictionary, error)
 
 
 def browse(dictionary: Dictionary, found: Summary, signed: bool) -> None:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from activations.splice import Where
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE
 from sae.evals.reconstruction import reconstruction
-from sae.evals.splice_loss import splice_loss
+from sae.evals.splice_loss import _on_ordinary, splice_loss
 from tests.tiny import HOOK, planted_rows, planted_run
 
 
@@ -55,3 +56,12 @@ def test_splicing_the_identity_costs_nothing_and_the_mean_costs_mean_ablation(mo
     assert ablated["ce_score"].value == pytest.approx(0, abs=1e-3)
     assert ablated["delta_ce"].value > 1
     assert ablated["delta_ce"].lo <= ablated["delta_ce"].value <= ablated["delta_ce"].hi
+
+
+def test_position_0_padding_and_sinks_keep_their_activations():
+    x = torch.ones(1, 4, 3)
+    x[0, 2] = 100.0  # a sink
+    where = Where(torch.tensor([[-1, 0, 1, 2]]), None)
+    edited = _on_ordinary(torch.zeros_like, sink_threshold=50.0)(x, where)
+    assert torch.equal(edited[0, :3], x[0, :3])
+    assert edited[0, 3].tolist() == [0, 0, 0]
