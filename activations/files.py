@@ -29,7 +29,8 @@ def write_aside(path: Path) -> Iterator[Path]:
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
-        _sync(aside)
+        for each in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+            _sync(each)
         os.replace(aside, path)
         _sync(path.parent)
     except BaseException:
@@ -74,6 +75,19 @@ def lock(path: Path) -> Iterator[None]:
         holder.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock file `path` now."""
+    holder = FileLock(path)
+    try:
+        holder.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # no such folder: nobody has ever locked it
+        return False
+    holder.release()
+    return False
+
+
 def safe_name(name: str) -> str:
     """Return `name` if it can be one component of a path inside a run, else raise InputError."""
     if not name or name.startswith(".") or len(name) > 200 or any(c in name for c in '/\\:\0\n*?"<>|'):
@@ -91,10 +105,9 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or a folder's own entries and files, to the disk."""
-    for each in [*path.iterdir(), path] if path.is_dir() else [path]:
-        handle = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,16 +6,20 @@
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from activations.cache import CachedActivations
 from activations.errors import InputError
 from activations.files import read_json, safe_name, write_json
-from activations.shards import CachedActivations
 
 FORMAT = 1
+NO_MODEL = "vectors"
+"""The model of a run whose vectors came from elsewhere."""
 _IDENTITY = ("model", "revision", "model_dtype", "corpus", "corpus_hash", "context", "n_tokens")
+_DEFAULTS = {"layout": "packed"}  # part of the identity that older runs do not name
 
 
 class Run:
@@ -42,17 +46,19 @@ class Run:
     def create(cls, path: str | Path, **identity: Any) -> "Run":
         """Open the run when it is there and agrees with `identity`, else make it.
 
-        identity: model, revision, model_dtype, corpus, corpus_hash, context, n_tokens.
+        identity: model, revision, model_dtype, corpus, corpus_hash, context, n_tokens, and layout where it is not
+        "packed" (how the corpus is cut into sequences).
         Raises InputError naming the first thing that differs.
         """
-        assert set(identity) == set(_IDENTITY), sorted(set(identity) ^ set(_IDENTITY))
+        identity = {**_DEFAULTS, **identity}
+        assert set(identity) == {*_IDENTITY, *_DEFAULTS}, sorted(set(identity) ^ {*_IDENTITY, *_DEFAULTS})
         path = Path(path)
         if (path / "run.json").exists():
             run = cls.open(path)
-            for key in _IDENTITY:
-                if run.meta.get(key) != identity[key]:
+            for key, value in identity.items():
+                if (made_with := run.meta.get(key, _DEFAULTS.get(key))) != value:
                     raise InputError(
-                        f"{path} was made with {key} {run.meta.get(key)!r}, not {identity[key]!r}: "
+                        f"{path} was made with {key} {made_with!r}, not {value!r}: "
                         "use the same, or give the new run another folder."
                     )
             return run
@@ -61,20 +67,25 @@ class Run:
         write_json(path / "run.json", {"format": FORMAT, **identity, **provenance})
         return cls.open(path)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the rows are a language model's tokens, and not vectors from elsewhere."""
+        return not str(self.meta.get("layout", "")).startswith(("vectors", "embeddings"))
+
     def hooks(self) -> list[str]:
         """Hooks with cached activations, finished or not."""
         folder = self.path / "activations"
         return sorted(p.parent.name for p in folder.glob("*/manifest.json") if p.parent.name != "tokens")
 
-    def activations(self, hook: str) -> CachedActivations:
-        """The cached activations of one hook. Raises InputError when they are missing or unfinished."""
+    def activations(self, hook: str, *, roles: Sequence[str] = (), follow: bool = False) -> CachedActivations:
+        """The cached activations of one hook; see `CachedActivations`. Raises InputError when they are missing."""
         if hook not in self.hooks():
             have = ", ".join(self.hooks()) or "none"
             raise InputError(
                 f"{self.path} has no activations at {hook!r} (it has: {have}): "
                 f"run `sae collect {self.path} --hook {hook}`."
             )
-        return CachedActivations(self.path / "activations", hook)
+        return CachedActivations(self.path / "activations", hook, roles=roles, follow=follow)
 
     def dictionaries(self) -> list[Path]:
         """Folders of the run's trained dictionaries, by name."""

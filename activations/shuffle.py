@@ -1,84 +1,224 @@
-"""Shuffled batches of cached activations, seekable: the whole state is how many batches were served.
+"""Shuffled batches of activations, seekable: the whole state is a cursor of three numbers.
 
-Each epoch permutes the shards, loads as many as fit in the memory budget (a window), and permutes the rows inside the
-window; both permutations are derived from (seed, epoch, window), so nothing but a count has to be saved. Every training
-row is visited once an epoch; a batch may straddle windows and epochs.
+The order "shuffled" permutes the shards of each epoch, loads as many as fit in the memory budget (a window) and
+permutes the rows inside it. The order "stream" takes the shards as they come, a few a window, so that it can follow a
+capture that is still going on, or the model itself. Permutations are derived from (seed, epoch, window), so nothing but
+the cursor has to be saved. Every training row is visited once an epoch; a batch may straddle windows and epochs.
+
+Ranks that train together read one order whatever their number: of each batch of the order, rank r of n takes the rows
+r, r + n, ...
 """
 
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations.shards import CachedActivations
+from activations.cache import Activations, held_out
+from activations.errors import InputError
+
+BUDGET = 4 << 30
+STREAM_SHARDS = 4
+GPU_SHARE = 0.3
+"""A cache of at most this share of the GPU's memory is kept there whole."""
+
+Rows = dict[str, Float[Tensor, "_rows _d"]]
+"""Rows at one or several hooks, aligned."""
+T = TypeVar("T")
+
+
+class Cursor(NamedTuple):
+    """A place in the order: the next row to be read."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+START = Cursor()
 
 
 class Shuffled:
-    """Batches of the training rows of `cache`, without end.
+    """Batches of the training rows of `sources`, without end.
 
-    batch: rows in a batch. budget: bytes of rows held in memory at once; below the size of the cache, mixing is by
-    window.
+    sources: one hook, or several of one run, read through what the masks of all keep. batch: rows in a batch, of all
+    ranks together. order: "shuffled" (complete caches) or "stream". budget: bytes of rows held in memory at once; a
+    cache that is larger is mixed by window. device: where the batches will go; a GPU holds a small cache whole, and
+    gets others from pinned memory.
+    Raises InputError when there is no training row, or `batch` does not divide by `world`.
     """
 
-    def __init__(self, cache: CachedActivations, *, batch: int, seed: int, budget: int = 4 << 30) -> None:
-        assert cache.n_training > 0, "a cache without training rows"
-        self.cache, self.batch, self.seed, self.budget = cache, batch, seed, budget
-        self._loaded: tuple[list[int], Tensor] = ([], torch.empty(0))
+    def __init__(
+        self,
+        sources: Activations | Sequence[Activations],
+        *,
+        batch: int,
+        seed: int,
+        order: str = "shuffled",
+        budget: int = BUDGET,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | None = None,
+        gpu_share: float = GPU_SHARE,
+    ) -> None:
+        assert order in ("shuffled", "stream"), order
+        if batch % world:
+            raise InputError(f"A batch of {batch} rows cannot be shared by {world} ranks: take a multiple of {world}.")
+        self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
+        self.batch, self.seed, self.order, self.rank, self.world = batch, seed, order, rank, world
+        self.device = device or torch.device("cpu")
+        if not self.sources[0].has(0):
+            raise InputError(f"There are no activations at {self.sources[0].hook}: run `sae collect`.")
+        shard_bytes = self.sources[0].rows_of(0) * sum(source.row_bytes for source in self.sources)
+        # Half the budget: the next window is loaded while this one is read.
+        self._per_window = STREAM_SHARDS if order == "stream" else max(budget // 2 // shard_bytes, 1)
+        self._whole = order == "shuffled" and self._fits(gpu_share)
+        self._held: tuple[list[int], Rows] = ([], {})
 
-    def batches(self, served: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches from the one after the first `served`, in the dtype of the cache, on the CPU."""
-        pieces: list[Tensor] = []
+    def batches(self, start: Cursor = START) -> Generator[tuple[Rows, Cursor], None, None]:
+        """(this rank's rows of a batch, cursor behind the batch) from `start` on, in the dtype of the cache."""
+        pieces: list[Rows] = []
         missing = self.batch
-        for rows, order in self._windows(served * self.batch):
-            for chosen in _split(order, missing, self.batch):
-                pieces.append(rows[chosen])
-                missing -= len(chosen)
+        for epoch, window, rows, order in self._windows(start):
+            at = start.row if (epoch, window) == start[:2] else 0
+            while at < len(order):
+                piece = order[at : at + missing]
+                # A row's position in the batch decides whose it is; the piece begins at position batch - missing.
+                own = piece[(self.rank + missing - self.batch) % self.world :: self.world]
+                pieces.append({name: self._take(x, own) for name, x in rows.items()})
+                at, missing = at + len(piece), missing - len(piece)
                 if missing == 0:
-                    yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+                    yield _join(pieces), Cursor(epoch, window, at)
                     pieces, missing = [], self.batch
 
-    def _windows(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows of a window, order in which to read them), after the first `skip` rows of all epochs."""
-        counts = self.cache.training_of
-        first_epoch, skip = divmod(skip, self.cache.n_training)
-        for epoch in itertools.count(first_epoch):
-            for number, window in enumerate(self._shards_by_window(epoch)):
-                n_rows = sum(counts[i] for i in window)
-                if skip >= n_rows:
-                    skip -= n_rows
-                    continue
-                order = torch.from_numpy(np.random.default_rng([self.seed, epoch, number, 1]).permutation(n_rows))
-                yield self._rows(window), order[skip:]
-                skip = 0
+    def _windows(self, start: Cursor) -> Iterator[tuple[int, int, Rows, Int[Tensor, " rows"]]]:
+        """(epoch, number, rows, order in which to read them) of each window from that of `start` on."""
+        places = self._places(start)
 
-    def _shards_by_window(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.cache.n_shards).tolist()
-        row_bytes = self.cache.d_in * getattr(torch, self.cache.dtype).itemsize
-        windows: list[list[int]] = [[]]
-        held = 0
-        for i in order:
-            size = self.cache.training_of[i] * row_bytes
-            if windows[-1] and held + size > self.budget:
-                windows.append([])
-                held = 0
-            windows[-1].append(i)
-            held += size
-        # One window holds all: then the order of its shards is of no matter, and keeping it fixed saves a reload.
-        return windows if len(windows) > 1 else [sorted(order)]
+        def load() -> tuple[int, int, Rows, Tensor]:
+            epoch, number, shards = next(places)
+            return epoch, number, *self._load(epoch, number, shards)
 
-    def _rows(self, window: list[int]) -> Tensor:
-        if self._loaded[0] != window:
-            self._loaded = ([], torch.empty(0))  # free the old window before the new one is read
-            self._loaded = (window, torch.cat([self.cache.rows(i)[self.cache.training_mask(i)] for i in window]))
-        return self._loaded[1]
+        coming = _in_background(load)
+        try:
+            while True:
+                window = coming.result()
+                coming = _in_background(load)
+                yield window
+        finally:  # leave no thread behind that still reads, or runs the model
+            for source in self.sources:
+                source.given_up.set()
+            wait([coming])
+            for source in self.sources:
+                source.given_up.clear()
+
+    def _places(self, start: Cursor) -> Iterator[tuple[int, int, list[int]]]:
+        """(epoch, number, shards) of each window from that of `start` on."""
+        for epoch in itertools.count(start.epoch):
+            shards = self._shards_of(epoch)
+            for number in itertools.count():
+                window = list(itertools.islice(shards, self._per_window))
+                if not window:
+                    break
+                if epoch > start.epoch or number >= start.window:
+                    yield epoch, number, window
+
+    def _shards_of(self, epoch: int) -> Iterator[int]:
+        there = itertools.takewhile(lambda i: all(source.has(i) for source in self.sources), itertools.count())
+        if self.order == "stream":
+            return there
+        shards = list(there)
+        if len(shards) <= self._per_window:  # one window holds all: their order is of no matter, and saves a reload
+            return iter(shards)
+        return iter(np.random.default_rng([self.seed, epoch]).permutation(shards).tolist())
+
+    def _load(self, epoch: int, number: int, shards: list[int]) -> tuple[Rows, Int[Tensor, " rows"]]:
+        keep = [self._training_rows(i) for i in shards]
+        n_rows = sum(len(rows) for rows in keep)
+        if n_rows == 0 and len(shards) < self._per_window and number == 0:
+            raise InputError(f"There is no training row at {self.sources[0].hook}: collect more text.")
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch, number, 1]).permutation(n_rows))
+        if self._whole:
+            return self._whole_cache(), self._in_whole_cache(shards, order).to(self.device)
+        if self._held[0] != shards:
+            self._held = ([], {})  # the window before the one that is being read goes before the next one comes
+            self._held = (shards, self._gather(shards, keep, torch.device("cpu")))
+        return self._held[1], order
+
+    def _gather(self, shards: Sequence[int], keep: Sequence[Tensor], device: torch.device) -> Rows:
+        """The rows to `keep` of some shards, one after another."""
+        out: Rows = {}
+        n_rows = sum(len(rows) for rows in keep)
+        for source in self.sources:
+            at = 0
+            for i, chosen in zip(shards, keep, strict=True):
+                rows = source.rows(i)
+                if at == 0:
+                    out[source.hook] = torch.empty(n_rows, source.d_in, dtype=rows.dtype, device=device)
+                part = out[source.hook][at : at + len(chosen)]
+                if device.type == "cpu":
+                    torch.index_select(rows, 0, chosen, out=part)
+                else:
+                    part.copy_(rows.to(device).index_select(0, chosen.to(device)))
+                at += len(chosen)
+        return out
+
+    def _training_rows(self, i: int) -> Int[Tensor, " kept"]:
+        """Numbers of the rows of shard i that are trained on: ordinary at every hook, and not held out."""
+        mask = ~held_out(self.sources[0].tokens(i).docs)
+        for source in self.sources:
+            mask = mask & source.mask(i)
+        return mask.nonzero().flatten()
+
+    def _fits(self, share: float) -> bool:
+        if self.device.type != "cuda":
+            return False
+        n_rows = sum(self.sources[0].rows_of(i) for i in self._shards_of(0))
+        room = share * torch.cuda.get_device_properties(self.device).total_memory
+        return n_rows * sum(source.row_bytes for source in self.sources) <= room
+
+    def _whole_cache(self) -> Rows:
+        """All training rows, on the GPU, shard after shard."""
+        if not self._held[0]:
+            shards = sorted(self._shards_of(0))
+            keep = [self._training_rows(i) for i in shards]
+            self._firsts = np.cumsum([0, *(len(rows) for rows in keep)])
+            self._held = (shards, self._gather(shards, keep, self.device))
+        return self._held[1]
+
+    def _in_whole_cache(self, shards: Sequence[int], order: Tensor) -> Tensor:
+        """Numbers within the whole cache for numbers within a window of `shards`."""
+        rows = np.concatenate([np.arange(self._firsts[i], self._firsts[i + 1]) for i in shards])
+        return torch.from_numpy(rows)[order]
+
+    def _take(self, rows: Tensor, order: Tensor) -> Tensor:
+        if rows.is_cuda or self.device.type != "cuda":
+            return rows.index_select(0, order)
+        pinned = torch.empty(len(order), rows.shape[1], dtype=rows.dtype, pin_memory=True)
+        return torch.index_select(rows, 0, order, out=pinned)
 
 
-def _split(order: Tensor, first: int, size: int) -> Iterator[Tensor]:
-    """`order` in pieces: the first of `first`, the others of `size`, the last of what is left."""
-    if len(order):
-        yield order[:first]
-    for start in range(first, len(order), size):
-        yield order[start : start + size]
+def _join(pieces: Sequence[Rows]) -> Rows:
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _in_background(work: Callable[[], T]) -> "Future[T]":
+    """Start `work` in a thread that does not keep the process alive (it may be waiting for a capture)."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="window", daemon=True).start()
+    return future

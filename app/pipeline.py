@@ -6,62 +6,113 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from activations.capture import collect
+from activations.cache import Activations
+from activations.capture import MEMORY, STORED, collect, write_tokens
+from activations.embedder import NAME as EMBEDDER
+from activations.embedder import REVISION, load_embedder
 from activations.errors import InputError
-from activations.model import DTYPES, Model, load_model
-from activations.run import Run
+from activations.live import LiveActivations
+from activations.model import Model, load_model
+from activations.modules import collect_vectors
+from activations.ranks import joined
+from activations.run import NO_MODEL, Run
+from app.sources import Embeddings, Text, Vectors
 from autointerp.client import ChatClient
 from autointerp.index import index
 from autointerp.label import label, pick_features
 from autointerp.local_server import default_model, local_server, model_alias
 from autointerp.scorers.detection import QUICK
-from data.corpora import corpus_fingerprint, read_corpus
 from data.store import open_store
 from data.store.schema import STORE_FILE
-from data.tokens import pack, separator_of
 from sae.evals.suite import EVAL, evaluate
 from sae.registry import REGISTRY
 from sae.train import Training, default_name, train
 
+DEFAULT_TEXT = Text()
+
 
 def collect_run(
     path: Path,
+    source: Text = DEFAULT_TEXT,
     *,
     model: str = "smollm2-135m-instruct",
     hooks: Sequence[str] = (),
-    corpus: str = "sample",
-    tokens: int = 2_000_000,
-    context: int = 128,
     dtype: str = "bfloat16",
     model_dtype: str | None = None,
+    gradients: bool = False,
+    tokens_only: bool = False,
+    memory: int = MEMORY,
     device: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Make or extend the run at `path`: the activations at `hooks` (default: the residual stream in the middle).
 
-    tokens: length of the part of the corpus that is taken, in whole contexts. Raises InputError or CorpusError.
+    tokens_only: write the tokens alone, for training straight from the model. say: told what will be written, and what
+    was left out. Started by torchrun, the ranks share the work. See `activations.capture.collect` for the rest.
+    Raises InputError or CorpusError.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}.")
-    loaded = load_model(model, dtype=model_dtype, device=device)
-    run = Run.create(
-        path,
-        model=loaded.name,
-        revision=loaded.revision,
-        model_dtype=str(loaded.dtype).removeprefix("torch."),
-        corpus=corpus,
-        corpus_hash=corpus_fingerprint(corpus),
-        context=context,
-        n_tokens=tokens,
-    )
-    contexts = pack(
-        read_corpus(corpus),
-        loaded.tokenizer,
-        context=context,
-        n_tokens=tokens,
-        separator_id=separator_of(loaded.tokenizer),
-    )
-    collect(run, loaded, hooks or [middle_hook(loaded)], contexts, dtype=DTYPES[dtype])
+    if dtype not in STORED:
+        raise InputError(f"dtype {dtype!r} is unknown: expected one of {', '.join(STORED)}.")
+    with joined() as ranks:
+        loaded = load_model(model, dtype=model_dtype, device=ranks.device(device))
+
+        def create() -> Run:
+            return Run.create(
+                path,
+                model=loaded.name,
+                revision=loaded.revision,
+                model_dtype=str(loaded.dtype).removeprefix("torch."),
+                **source.identity,
+            )
+
+        run = ranks.leader_first(create)
+        categories = source.categories()
+        sequences = source.sequences(loaded, categories, say)
+        if tokens_only:
+            ranks.leader_first(lambda: write_tokens(run, sequences, categories))
+            return run
+        chosen = list(hooks) or [middle_hook(loaded)]
+        collect(
+            run,
+            loaded,
+            chosen,
+            sequences,
+            dtype=dtype,
+            gradients=gradients,
+            categories=categories,
+            memory=memory,
+            ranks=ranks,
+            say=say,
+        )
     return run
+
+
+def collect_vectors_run(
+    path: Path, source: Vectors | Embeddings, *, dtype: str = "float32", device: str = "auto"
+) -> Run:
+    """Make the run at `path` of vectors, from files or from an embedder. Raises InputError, CorpusError."""
+    if dtype not in STORED:
+        raise InputError(f"dtype {dtype!r} is unknown: expected one of {', '.join(STORED)}.")
+    if isinstance(source, Vectors):
+        name, revision, width, blocks = NO_MODEL, "none", source.width, source.blocks()
+    else:
+        embedder = load_embedder(source.embedder, device=device)
+        name, width, blocks = embedder.name, embedder.d, source.blocks(embedder)
+        revision = REVISION if name == EMBEDDER else "none"
+    run = Run.create(path, model=name, revision=revision, model_dtype="float32", **source.identity)
+    collect_vectors(run, blocks, width=width, dtype=dtype)
+    return run
+
+
+def model_of(run: Run, *, device: str = "auto") -> Model:
+    """The run's model, in its precision. Raises InputError when it cannot be loaded, or is another one by now."""
+    model = load_model(run.meta["model"], dtype=run.meta["model_dtype"], device=device)
+    if model.revision != run.meta["revision"]:
+        raise InputError(
+            f"{run.path} was made with revision {run.meta['revision']} of {run.meta['model']}, and what loads now is "
+            f"{model.revision}: bring the old one back, or make a new run."
+        )
+    return model
 
 
 def middle_hook(model: Model) -> str:
@@ -89,32 +140,52 @@ def train_run(
     tokens: int = 10_000_000,
     batch: int = 2048,
     lr: float | None = None,
+    roles: Sequence[str] = (),
+    live: bool = False,
     seed: int = 0,
     keep: int = 2,
     overwrite: bool = False,
     device: str = "auto",
 ) -> Trained:
-    """Train one dictionary of the run at `path`; see `sae.train.train`. Raises InputError."""
+    """Train one dictionary of the run at `path`; see `sae.train.train`.
+
+    live: read the rows in the order in which they come, so that the cache need not be whole: from a capture that still
+    goes on, or, when the hook has no cache, from the model. Raises InputError.
+    """
     run = Run.open(path)
     if hook is None:
         hooks = run.hooks()
         if len(hooks) != 1:
             raise InputError(f"{path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
         hook = hooks[0]
-    cache = run.activations(hook)
+    cache: Activations
+    if live and hook not in run.hooks():
+        cache = LiveActivations(run, model_of(run, device=device), hook)
+    else:
+        cache = run.activations(hook, roles=roles, follow=live)
     if arch not in REGISTRY:
         raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
     field = REGISTRY[arch].sparsity
     if field == "k" and k != int(k):
         raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
     sizes = {"d_sae": d_sae or expansion * cache.d_in, field: int(k) if field == "k" else k}
-    settings = Training(architecture=arch, hook=hook, sizes=sizes, n_tokens=tokens, batch=batch, lr=lr, seed=seed)
+    settings = Training(
+        architecture=arch,
+        hook=hook,
+        sizes=sizes,
+        n_tokens=tokens,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+        order="stream" if live else "shuffled",
+        roles=tuple(roles),
+    )
     settings.config(cache.d_in)
     folder = run.dictionary(name or default_name(settings))
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     finished = (folder / "cfg.json").exists()
-    return Trained(train(run, settings, name=name, device=device, keep=keep), finished)
+    return Trained(train(run, settings, name=name, device=device, keep=keep, source=cache), finished)
 
 
 DEMO_TOKENS = 300_000
@@ -136,7 +207,7 @@ def demo(path: Path, *, device: str = "auto", say: Callable[[str], None] = print
     stage(
         f"1/5 activations: {DEMO_TOKENS:,} tokens of the sample corpus through the middle layer of the embedded model"
     )
-    run = collect_run(path, tokens=DEMO_TOKENS, device=device)
+    run = collect_run(path, Text(tokens=DEMO_TOKENS), device=device)
     hook = run.hooks()[0]
     stage(f"2/5 dictionary: TopK, {DEMO_LATENTS:,} latents, k 32, {DEMO_VISITS:,} token visits at {hook}")
     folder = train_run(path, hook=hook, d_sae=DEMO_LATENTS, k=32, tokens=DEMO_VISITS, device=device).folder

@@ -24,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from activations import InputError, Model, load_model
+from activations.cache import CachedActivations
 from activations.files import lock
 from activations.model import pick_device
 from activations.run import Run, dictionary_folder
-from activations.shards import CachedActivations
 from data.store import build_store
 from data.store.schema import STORE_FILE
 from sae import SAE, load_sae
@@ -73,6 +73,8 @@ def index(
     if n_tokens is not None and n_tokens < 1:
         raise InputError(f"n_tokens={n_tokens} is too small: expected at least 1.")
     run = _run_of(folder)
+    if not run.has_text:
+        raise InputError(f"{run.path} holds vectors, which are no tokens of a text: there is no example to show.")
     with lock(folder / ".index.lock"):
         scratch = folder / ".index"
         shutil.rmtree(scratch, ignore_errors=True)

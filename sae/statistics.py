@@ -2,20 +2,19 @@
 
 import torch
 
-from activations.shards import CachedActivations
+from activations.cache import Activations
 from sae.base import SAE, Statistics
 
 
 @torch.no_grad()
-def latent_statistics(
-    sae: SAE, cache: CachedActivations, *, n_tokens: int = 1_000_000, batch: int = 4096
-) -> Statistics:
+def latent_statistics(sae: SAE, cache: Activations, *, n_tokens: int = 1_000_000, batch: int = 4096) -> Statistics:
     """Density, max and min of each latent over the first `n_tokens` ordinary tokens of the cache."""
     device = sae.W_dec.device
     count = torch.zeros(sae.d_sae, device=device)
     high, low = torch.zeros_like(count), torch.zeros_like(count)
     seen = 0
-    for i in range(cache.n_shards):
+    i = 0
+    while seen < n_tokens and cache.has(i):
         for rows in cache.rows(i)[cache.mask(i)][: n_tokens - seen].split(batch):
             values, indices = sae.encode_sparse(rows.to(device, torch.float32))
             flat, where = values.flatten(), indices.flatten()
@@ -23,8 +22,7 @@ def latent_statistics(
             high.scatter_reduce_(0, where, flat, "amax")
             low.scatter_reduce_(0, where, flat, "amin")
             seen += len(rows)
-        if seen >= n_tokens:
-            break
+        i += 1
     return Statistics(
         density=(count / max(seen, 1)).cpu(),
         max=high.cpu(),

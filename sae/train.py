@@ -1,7 +1,8 @@
 """Training: cached activations in, a dictionary out. `train` is the loop, told in order; start reading there.
 
-Exact resume: all state is in the checkpoint (weights, optimiser, counters) and a cursor, the number of steps; batches
-and schedules are functions of the seed and that number. On a CPU a killed and resumed run ends in the same bytes.
+Exact resume: all state is in the checkpoint (weights, optimiser, counters, the number of steps and a cursor into the
+order of the rows); batches and schedules are functions of the seed and those. On a CPU a killed and resumed run ends in
+the same bytes.
 """
 
 import dataclasses
@@ -12,18 +13,20 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
+from activations.feed import Feed
 from activations.files import lock, read_json, write_aside, write_json
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
-from activations.shuffle import Shuffled
+from activations.shuffle import START, Cursor, Shuffled
 from sae.base import SAE, Config, ConfigError, State
 from sae.files import CFG, save_sae
 from sae.registry import REGISTRY
@@ -46,6 +49,10 @@ class Training:
     batch: int = 2048
     """Rows in a step."""
     seed: int = 0
+    order: str = "shuffled"
+    """Of the rows: "shuffled" over a complete cache, or "stream", as they come (`activations.shuffle`)."""
+    roles: tuple[str, ...] = ()
+    """Of a chat: train on the tokens of these alone; () for all."""
     lr: float | None = None
     """Peak learning rate; None takes the registry's for the architecture and width."""
     warmup: float = 0.05
@@ -86,6 +93,17 @@ class Training:
         return peak * min(1.0, rise, fall)
 
 
+class Place(NamedTuple):
+    """Where a training is, beside its weights."""
+
+    step: int
+    """Steps done."""
+    cursor: Cursor
+    """The next row."""
+    scale: float
+    """What rows are multiplied by; of a stream, its first rows are needed to find it."""
+
+
 def default_name(settings: Training) -> str:
     """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none."""
     sparsity = settings.sizes[REGISTRY[settings.architecture].sparsity]
@@ -100,17 +118,17 @@ def train(
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
+    source: Activations | None = None,
 ) -> Path:
-    """Train one dictionary on the run's cached activations; returns its folder. Goes on from the last checkpoint.
+    """Train one dictionary on the run's activations; returns its folder. Goes on from the last checkpoint.
 
     name: the dictionary's ID, by default `default_name`. checkpoint_seconds: time between checkpoints; the last `keep`
-    stay.
+    stay. source: where the rows come from, in the order "stream": the model itself (`LiveActivations`), or a cache that
+    is still growing; None takes the run's complete cache.
     Raises InputError when activations are missing or damaged, sizes cannot be, the folder holds a dictionary that was
     trained with other settings, or the loss is no longer finite.
     """
-    cache = run.activations(settings.hook)
-    if cache.n_training == 0:
-        raise InputError(f"{run.path} has no training tokens at {settings.hook}: collect more text.")
+    source = source or run.activations(settings.hook, roles=settings.roles)
     where = pick_device(device)
     folder = run.dictionary(name or default_name(settings))
     matmul = getattr(torch, settings.matmul) if settings.matmul else fast_dtype(where)
@@ -120,15 +138,19 @@ def train(
         stack.enter_context(lock(folder / ".train.lock"))
         if _is_finished(folder, settings):
             return folder
-        cache.check()
-        sae = REGISTRY[settings.architecture].sae(settings.config(cache.d_in))
-        batches = Shuffled(cache, batch=settings.batch, seed=settings.seed)
-        sae.initialise(_first_rows(batches) * cache.scale, settings.seed)
+        if isinstance(source, CachedActivations):
+            source.check()
+        sae = REGISTRY[settings.architecture].sae(settings.config(source.d_in))
+        # In a stream the scale comes from the first shards, whether or not the others are there by now.
+        batches = Shuffled(source, batch=settings.batch, seed=settings.seed, order=settings.order, device=where)
+        scale = _scale(folder, source, settings)
+        if _newest_checkpoint(folder) is None:
+            sae.initialise(_first_rows(batches, source.hook) * scale, settings.seed)
         sae.to(where)
         betas = REGISTRY[settings.architecture].betas
         adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=betas, fused=True)
         last_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=where)
-        start = _load_checkpoint(folder, sae, adam, last_fired)
+        start, cursor = _load_checkpoint(folder, sae, adam, last_fired)
         log = stack.enter_context(_open_log(folder / "train.jsonl", start))
         bar = stack.enter_context(
             tqdm(
@@ -142,9 +164,10 @@ def train(
         )
         state, saved = State(start, settings.n_steps, *_dead(last_fired, start, settings)), time.monotonic()
 
-        for step, rows in zip(range(start, settings.n_steps), batches.batches(start), strict=False):
+        feed = stack.enter_context(Feed(batches, cursor))
+        for step, (rows, cursor) in zip(range(start, settings.n_steps), feed, strict=False):
             state = state._replace(step=step)
-            x = rows.to(where, torch.float32, non_blocking=True) * cache.scale
+            x = rows[source.hook].float() * scale
             with torch.autocast(where.type, dtype=matmul, enabled=matmul != torch.float32):
                 loss = sae.loss(x, x, state)
             loss.total.backward()
@@ -167,21 +190,34 @@ def train(
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
                 if time.monotonic() - saved > checkpoint_seconds:
                     log.flush()
-                    _save_checkpoint(folder, sae, adam, last_fired, step + 1, keep)
+                    _save_checkpoint(folder, sae, adam, last_fired, Place(step + 1, cursor, scale), keep)
                     saved = time.monotonic()
 
-        sae.unscale(cache.scale)
+        sae.unscale(scale)
         sae.metadata = _metadata(run, settings)
-        sae.statistics = latent_statistics(sae, cache)
+        sae.statistics = latent_statistics(sae, source)
         save_sae(sae, folder)
     return folder
 
 
-def _first_rows(batches: Shuffled) -> Tensor:
-    """At least 4,096 training rows to initialise from, in float32."""
+def _scale(folder: Path, source: Activations, settings: Training) -> float:
+    """What rows are multiplied by: of a stream that is being resumed, what it began with (its rows cost a pass)."""
+    if (newest := _newest_checkpoint(folder)) is not None:
+        return float(read_json(newest / "state.json")["scale"])
+    if settings.order == "shuffled" and isinstance(source, CachedActivations):
+        return scale_of(source.moments)
+    return scale_of(source.opening_moments)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("step-*"), default=None)
+
+
+def _first_rows(batches: Shuffled, hook: str) -> Tensor:
+    """At least 4,096 training rows to initialise from, in float32, on the CPU."""
     parts: list[Tensor] = []
-    for rows in batches.batches():
-        parts.append(rows.float())
+    for rows, _ in batches.batches():
+        parts.append(rows[hook].float().cpu())
         if sum(len(part) for part in parts) >= 4096:
             break
     return torch.cat(parts)
@@ -195,13 +231,13 @@ def _dead(last_fired: Tensor, step: int, settings: Training) -> tuple[Tensor, in
 def _is_finished(folder: Path, settings: Training) -> bool:
     """Compare with what the folder was begun with, or begin it. True when the dictionary is there already."""
     path = folder / "train.json"
-    wanted = dataclasses.asdict(settings)
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it reads back: tuples are lists
     if not path.exists():
         write_json(path, {**wanted, "versions": versions(), "threads": torch.get_num_threads()})
         return False
     begun = read_json(path)
     for key, value in wanted.items():
-        if begun.get(key) != value:
+        if begun.get(key, getattr(Training, key, None)) != value:
             raise InputError(
                 f"{folder} was begun with {key}={begun.get(key)!r}, not {value!r}: "
                 "use the same, another --name, or --overwrite."
@@ -223,7 +259,7 @@ def _metadata(run: Run, settings: Training) -> dict[str, Any]:
 
 def _check_finite(figures: dict[str, float], step: int, folder: Path) -> None:
     if not all(math.isfinite(value) for value in figures.values()):
-        last = max((folder / "checkpoints").glob("step-*"), default=None)
+        last = _newest_checkpoint(folder)
         raise InputError(
             f"The loss is not finite at step {step + 1} ({figures}): lower --lr. Last good checkpoint: {last}."
         )
@@ -237,27 +273,29 @@ def _open_log(path: Path, start: int) -> Any:
     return path.open("a", encoding="utf-8")
 
 
-def _save_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor, step: int, keep: int) -> None:
+def _save_checkpoint(
+    folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor, place: Place, keep: int
+) -> None:
     tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
     for name, parameter in sae.named_parameters():
         tensors |= {f"adam.{name}.{key}": value for key, value in adam.state[parameter].items()}
     tensors["last_fired"] = last_fired
     checkpoints = folder / "checkpoints"
-    with write_aside(checkpoints / f"step-{step:09d}") as aside:
+    with write_aside(checkpoints / f"step-{place.step:09d}") as aside:
         aside.mkdir()
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / "state.safetensors"
         )
-        write_json(aside / "state.json", {"step": step})
+        write_json(aside / "state.json", place._asdict())
     for old in sorted(checkpoints.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 
 
-def _load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor) -> int:
-    """Restore the newest checkpoint; returns the number of steps that were done, 0 when there is none."""
-    newest = max((folder / "checkpoints").glob("step-*"), default=None)
+def _load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor) -> tuple[int, Cursor]:
+    """Restore the newest checkpoint; returns the number of steps done and the place of the next row."""
+    newest = _newest_checkpoint(folder)
     if newest is None:
-        return 0
+        return 0, START
     tensors = load_file(newest / "state.safetensors")
     sae.load_state_dict({name: tensors[f"sae.{name}"] for name in sae.state_dict()})
     last_fired.copy_(tensors["last_fired"])
@@ -267,4 +305,5 @@ def _load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired:
         adam.state[parameter] = {
             key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in saved.items()
         }
-    return int(read_json(newest / "state.json")["step"])
+    state = read_json(newest / "state.json")
+    return int(state["step"]), Cursor(*state["cursor"])

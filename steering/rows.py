@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from activations.cache import SINK_FACTOR
 from activations.errors import InputError
 from activations.model import Model
-from activations.shards import SINK_FACTOR
 from activations.splice import read
 
 TEXTS_PER_BATCH = 32

@@ -28,10 +28,11 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Read-only: copy it to change it.
     """
     from app.pipeline import collect_run, train_run
+    from app.sources import Text
     from autointerp.index import index
 
     path = tmp_path_factory.mktemp("runs") / "small"
-    collect_run(path, hooks=[HOOK], tokens=16_384)
+    collect_run(path, Text(tokens=16_384), hooks=[HOOK])
     train_run(path, d_sae=512, k=16, tokens=100_000, batch=1024)
     index(path)
     return path

@@ -28,8 +28,10 @@ def test_every_command_has_help_and_every_option_says_what_it_does(name):
             assert option.help or option.name in ("seed", "explainer"), option.name
 
 
-def test_options_in_the_readme_exist():
-    for line in re.findall(r"^sae ([a-z]+)(.*)$", README, flags=re.M):
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_options_in_the_docs_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for line in re.findall(r"(?:^|`|--no-python )sae ([a-z]+)([^`\n]*)", text, flags=re.M):
         command = main.get_command(click.Context(main), line[0])
         assert command is not None
         known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}

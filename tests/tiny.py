@@ -1,16 +1,18 @@
 """A tiny random language model and a tiny run folder of planted activations: fast, and known in every number."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from activations.cache import Tokens
+from activations.capture import Part, write_rows
 from activations.run import Run
-from activations.shards import Shards, statistics
+from activations.shards import Shards
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -37,6 +39,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="w0")), pad_token="w0")
 
 
+def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False) -> None:
+    """Put rows and their tokens into a run as its cache at HOOK, the way a capture does."""
+    folder = run.path / "activations"
+    tokens, parts = Shards(folder / "tokens"), []
+    for i, (columns, rows) in enumerate(shards):
+        tokens.write(i, {name: x for name, x in columns._asdict().items() if x is not None})
+        parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {HOOK: rows}))
+    tokens.finish(len(shards))
+    first = shards[0][1]
+    dtype = str(first.dtype).removeprefix("torch.")
+    facts = {"hook": HOOK, "dtype": dtype, "gradients": False, "d_in": first.shape[1], "heads": None}
+    n_tokens = sum(len(rows) for _, rows in shards)
+    caches = {HOOK: Shards(folder / HOOK)}
+    write_rows(caches, parts, {HOOK: facts}, n_tokens=n_tokens, skip_first=True, find_sinks=find_sinks)
+
+
 def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int = 512, n_docs: int = 40) -> Run:
     """A run whose cache holds `rows` at HOOK: no sinks, contexts of 16, documents spread evenly."""
     n = len(rows) // context * context
@@ -50,19 +68,10 @@ def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int =
         context=context,
         n_tokens=n,
     )
-    tokens, cache = Shards(path / "activations" / "tokens"), Shards(path / "activations" / HOOK)
-    cache.update(d_in=rows.shape[1], dtype="float32", sink_threshold=1e9)
-    docs = torch.from_numpy(np.repeat(np.arange(n // context) % n_docs, context).astype(np.int32))
-    for start in range(0, n, per_shard):
-        part = slice(start, min(start + per_shard, n))
-        size = part.stop - part.start
-        positions = torch.arange(size, dtype=torch.int32) % context
-        ids = torch.arange(part.start, part.stop, dtype=torch.int32) % 101
-        tokens.append({"ids": ids, "docs": docs[part], "positions": positions}, size)
-        mask = positions > 0
-        cache.append({"rows": rows[part], "mask": mask, **statistics(rows[part], mask, 0)}, size)
-    tokens.update(complete=True)
-    cache.update(complete=True)
+    row = torch.arange(n, dtype=torch.int32)
+    whole = Tokens(ids=row % 101, docs=row // context % n_docs, positions=row % context)
+    parts = [slice(at, min(at + per_shard, n)) for at in range(0, n, per_shard)]
+    plant(run, [(Tokens(*(x[part] for x in whole[:3])), rows[part]) for part in parts])
     return run
 
 

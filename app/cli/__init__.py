@@ -21,6 +21,7 @@ _COMMANDS = {
     "label": "Explain features and score the explanations.",
     "steer": "Base and steered text side by side.",
     "runs": "List runs with their sizes.",
+    "clean": "Drop a run's activations and checkpoints.",
     "app": "Open the workbench in the browser.",
 }
 

@@ -17,13 +17,15 @@ from app.cli.options import COUNT, device_option, json_option
 @json_option
 def command(address: str, contexts: int, model_dtype: str | None, seed: int, device: str, as_json: bool) -> None:
     """Measure a dictionary into eval.json. Example: sae eval runs/mine"""
-    from activations.model import load_model
+    from activations.model import Model, load_model
     from activations.run import Run, dictionary_folder
     from sae.evals.suite import evaluate
 
     folder = dictionary_folder(address)
-    meta = Run.open(folder.parent.parent).meta
-    model = load_model(meta["model"], dtype=model_dtype or meta["model_dtype"], device=device)
+    run = Run.open(folder.parent.parent)
+    model: Model | None = None
+    if run.has_text:
+        model = load_model(run.meta["model"], dtype=model_dtype or run.meta["model_dtype"], device=device)
     metrics = evaluate(folder, model, n_contexts=contexts, seed=seed)
     if as_json:
         click.echo(json.dumps({name: asdict(metric) for name, metric in metrics.items()}))

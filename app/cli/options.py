@@ -37,6 +37,12 @@ def device_option(command: Command) -> Command:
     return click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help=help_)(command)
 
 
+def gpus_option(command: Command) -> Command:
+    """--gpus, one process each."""
+    help_ = "Share the work between so many GPUs of this machine."
+    return click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help=help_)(command)
+
+
 def json_option(command: Command) -> Command:
     """--json, output for machines."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)

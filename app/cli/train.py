@@ -25,6 +25,10 @@ from app.cli.options import COUNT, device_option, json_option, overwrite_option
 )
 @click.option("--batch", type=COUNT, default=2048, show_default=True, help="Rows in a step.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate. [default: by architecture and width]")
+@click.option("--role", "roles", multiple=True, metavar="ROLE", help="Of a chat: tokens of this role only; repeatable.")
+@click.option(
+    "--live", is_flag=True, help="Do not wait for a whole cache: follow `sae collect`, or without one run the model."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints that stay.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; this is what happens anyway.")
@@ -42,6 +46,8 @@ def command(
     tokens: int,
     batch: int,
     lr: float | None,
+    roles: tuple[str, ...],
+    live: bool,
     seed: int,
     keep: int,
     resume: bool,
@@ -67,6 +73,8 @@ def command(
         tokens=tokens,
         batch=batch,
         lr=lr,
+        roles=roles,
+        live=live,
         seed=seed,
         keep=keep,
         overwrite=overwrite,

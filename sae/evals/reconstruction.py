@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations.shards import CachedActivations
+from activations.cache import CachedActivations, held_out_mask
 from sae.base import SAE
 from sae.evals.metric import Metric
 
@@ -15,7 +15,7 @@ from sae.evals.metric import Metric
 def reconstruction(sae: SAE, cache: CachedActivations, *, batch: int = 4096) -> dict[str, Metric]:
     """FVU, cosine, L0 over ordinary tokens of held-out documents (of all documents when none is held out)."""
     device = sae.W_dec.device
-    part = "held-out" if any(bool(cache.held_out_mask(i).any()) for i in range(cache.n_shards)) else "all"
+    part = "held-out" if any(bool(held_out_mask(cache, i).any()) for i in range(cache.n_shards)) else "all"
     totals = torch.zeros(7, dtype=torch.float64, device=device)
     mean = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
     n = 0
@@ -68,5 +68,5 @@ def dead_share(sae: SAE) -> Metric:
 
 def _rows(cache: CachedActivations, part: str, batch: int) -> Iterator[Float[Tensor, "n d_in"]]:
     for i in range(cache.n_shards):
-        mask = cache.held_out_mask(i) if part == "held-out" else cache.mask(i)
+        mask = held_out_mask(cache, i) if part == "held-out" else cache.mask(i)
         yield from cache.rows(i)[mask].split(batch)

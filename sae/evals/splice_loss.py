@@ -12,13 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from activations.cache import CachedActivations, held_out
 from activations.model import Model
-from activations.shards import CachedActivations, held_out
 from activations.splice import Where, replace
 from sae.base import SAE
 from sae.evals.metric import Metric
+
+_PADDING = -1
 
 Change = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
@@ -31,7 +34,7 @@ def splice_loss(
 
     n_contexts: how many contexts, drawn with `seed`, those that begin in a held-out document first.
     """
-    contexts = _contexts(cache, n_contexts, seed).to(model.device)
+    contexts = _contexts(cache, n_contexts, seed)
     mean = cache.mean.to(model.device)
     variants: dict[str, Change] = {
         "spliced": lambda x: sae.reconstruct(x),
@@ -39,9 +42,12 @@ def splice_loss(
         "zero": torch.zeros_like,
     }
     losses: dict[str, list[Tensor]] = {name: [] for name in ("clean", *variants, "kl")}
-    for ids in tqdm(contexts.split(batch), desc="splice", unit="batch", disable=None):
-        clean = model(ids)[:, 1:-1].float()
+    for first in tqdm(range(0, len(contexts), batch), desc="splice", unit="batch", disable=None):
+        ids = pad_sequence(contexts[first : first + batch], batch_first=True, padding_value=_PADDING).to(model.device)
         target = ids[:, 2:]
+        # Padding stands on the right, where a causal model does not see it from the tokens that count.
+        ids = ids.clamp(min=0)
+        clean = model(ids)[:, 1:-1].float()
         losses["clean"].append(_ce(clean, target))
         for name, change in variants.items():
             with replace(model, cache.hook, _on_ordinary(change, cache.sink_threshold)):
@@ -49,8 +55,9 @@ def splice_loss(
             losses[name].append(_ce(changed, target))
             if name == "spliced":
                 kl = kl_div(log_softmax(changed, -1), log_softmax(clean, -1), reduction="none", log_target=True)
-                losses["kl"].append(kl.sum(-1).mean(dim=1).cpu())
-    return _metrics({name: torch.cat(parts).numpy() for name, parts in losses.items()}, contexts[:, 2:].numel(), seed)
+                losses["kl"].append(_mean_of_real(kl.sum(-1), target))
+    n_predicted = sum(len(ids) - 2 for ids in contexts)
+    return _metrics({name: torch.cat(parts).numpy() for name, parts in losses.items()}, n_predicted, seed)
 
 
 def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Where], Tensor]:
@@ -64,22 +71,31 @@ def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Whe
 
 def _ce(logits: Float[Tensor, "batch time vocab"], target: Int[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
     """Mean cross-entropy of each context, in nats."""
-    each = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    return each.view_as(target).mean(dim=1).cpu()
+    each = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=_PADDING)
+    return _mean_of_real(each.view_as(target), target)
 
 
-def _contexts(cache: CachedActivations, n: int, seed: int) -> Int[Tensor, "n context"]:
-    """Whole contexts from the cache, held-out ones first."""
-    ids, outside = [], []
+def _mean_of_real(each: Float[Tensor, "batch time"], target: Int[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+    """Mean over the tokens of each context that are no padding."""
+    real = (target != _PADDING).float()
+    return ((each * real).sum(dim=1) / real.sum(dim=1)).cpu()
+
+
+def _contexts(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, " context"]]:
+    """Whole sequences of at least three tokens from the cache, those of held-out documents first."""
+    everything: list[Tensor] = []
+    outside: list[Tensor] = []
     for i in range(cache.n_shards):
         tokens = cache.tokens(i)
-        context = int(tokens.positions.max()) + 1
-        ids.append(tokens.ids.view(-1, context))
-        outside.append(held_out(tokens.docs).view(-1, context)[:, 0])
-    everything, held = torch.cat(ids).long(), torch.cat(outside)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(everything)))
-    order = torch.cat([order[held[order]], order[~held[order]]])
-    return everything[order[:n]]
+        starts = (tokens.positions == 0).nonzero().flatten()
+        each = tokens.ids.long().tensor_split(starts[1:])
+        long_enough = [number for number, ids in enumerate(each) if len(ids) > 2]
+        everything += [each[number] for number in long_enough]
+        outside.append(held_out(tokens.docs[starts[long_enough]]))
+    held = torch.cat(outside).numpy()
+    order = np.random.default_rng(seed).permutation(len(everything))
+    order = np.concatenate([order[held[order]], order[~held[order]]])
+    return [everything[number] for number in order[:n]]
 
 
 def _metrics(losses: dict[str, np.ndarray], n_tokens: int, seed: int) -> dict[str, Metric]:

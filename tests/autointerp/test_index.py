@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations import InputError, Run, load_model
+from activations.cache import Tokens
 from activations.files import lock
-from activations.shards import Shards, statistics
 from app.cli.index import command
 from autointerp import index as module
 from autointerp.index import index, logit_lens, neighbours
@@ -22,9 +22,9 @@ from data.store import open_store
 from sae import save_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
+from tests.tiny import HOOK, plant
 
 D, N_WORDS, CONTEXT = 8, 40, 64
-HOOK = "blocks.0.hook_resid_post"
 MakeRun = Callable[..., Path]
 
 
@@ -75,20 +75,14 @@ def make_run(tmp_path: Path, model_folder: Path) -> MakeRun:
             context=CONTEXT,
             n_tokens=1280,
         )
-        tokens = Shards(run.path / "activations" / "tokens")
-        cache = Shards(run.path / "activations" / HOOK)
-        cache.update(d_in=D, dtype=str(dtype).removeprefix("torch."), sink_threshold=50.0)
+        shards = []
         for shard in range(2):
             row = torch.arange(640, dtype=torch.int32)
-            position = row % CONTEXT
             rows = planted_rows(640, shard).to(dtype)
             rows[100] = 100.0  # a sink
-            mask = (position > 0) & (rows.float().norm(dim=1) < 50.0)
             docs = (row + 640 * shard) // 100
-            tokens.append({"ids": row % (N_WORDS - 2), "docs": docs.int(), "positions": position}, 640)
-            cache.append({"rows": rows, "mask": mask, **statistics(rows, mask, 1)}, 640)
-        tokens.update(complete=True)
-        cache.update(complete=True)
+            shards.append((Tokens(row % (N_WORDS - 2), docs.int(), row % CONTEXT), rows))
+        plant(run, shards, find_sinks=True)
         sizes = {"d_in": d_in, "d_sae": D, "k": 2}
         sae = AbsTopKSAE(AbsTopKConfig(**sizes)) if signed else TopKSAE(TopKConfig(**sizes))
         with torch.no_grad():

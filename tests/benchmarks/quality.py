@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activations.cache import CachedActivations, held_out_mask, scale_of
 from activations.run import Run
-from activations.shards import CachedActivations
 from activations.shuffle import Shuffled
 from sae.files import load_sae
 from sae.registry import REGISTRY
@@ -132,8 +132,8 @@ def held_out(cache: CachedActivations, reconstruct: Reconstruct, device: str) ->
     total: Tensor | float = 0.0
     fired: Tensor | None = None
     for i in range(cache.n_shards):
-        for rows in cache.rows(i)[cache.held_out_mask(i)].split(4096):
-            x = rows.to(device, torch.float32) * cache.scale
+        for rows in cache.rows(i)[held_out_mask(cache, i)].split(4096):
+            x = rows.to(device, torch.float32) * scale_of(cache.moments)
             x_hat, z = reconstruct(x)
             error += float((x - x_hat.float()).square().sum())
             power += float(x.square().sum())
@@ -169,7 +169,7 @@ def ours(args: argparse.Namespace, run: Run, cache: CachedActivations, seed: int
         run_copy = Run(run.path, run.meta)
         run_copy.dictionary = lambda name: Path(scratch) / name  # type: ignore[method-assign]
         sae = load_sae(train(run_copy, settings, device=args.device), device=args.device)
-    scale = cache.scale
+    scale = scale_of(cache.moments)
     return held_out(cache, lambda x: (sae.reconstruct(x / scale) * scale, sae.encode(x / scale)), args.device)
 
 
@@ -204,7 +204,7 @@ def main() -> None:
                     result = ours(args, run, cache, seed)
                 else:
                     rows = Shuffled(cache, batch=args.batch, seed=seed).batches()
-                    batches = (x.to(args.device, torch.float32) * cache.scale for x in rows)
+                    batches = (x.to(args.device, torch.float32) * scale_of(cache.moments) for x in rows)
                     trainer = {"saelens": saelens, "dictionary_learning": dictionary_learning}[name]
                     result = held_out(cache, trainer(args, batches, cache.d_in, lr, seed), args.device)
                 seconds = round(time.perf_counter() - start, 1)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpora import SAMPLE, CorpusError, Document, corpus_fingerprint, read_corpus
+from data import corpora
+from data.corpora import SAMPLE, CorpusError, Document, corpus_fingerprint, label_names, read_corpus
 
 LICENCES = {
     "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-2.5", "CC0-1.0", "MIT", "PSF-2.0", "PostgreSQL",
@@ -164,6 +165,114 @@ def test_reading_streams(tmp_path):
         next(documents)
 
 
+def test_a_csv_is_text_as_it_stands(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('\ufeffsource,text,n\ns,"two\nlines, ""quoted""",1\n,007,x\n,,3\n,true,4\n', encoding="utf-8")
+    assert list(read_corpus(str(path))) == [
+        Document(0, 'two\nlines, "quoted"', "s"),
+        Document(1, "007", ""),
+        Document(3, "true", ""),
+    ]
+    assert [d.text for d in read_corpus(str(path), text_column="n")] == ["1", "x", "3", "4"]
+
+
+def test_a_csv_row_may_be_long(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "word " * 500_000 + "\n")
+    assert [len(d.text) for d in read_corpus(str(path))] == [2_500_000]
+
+
+def test_a_line_end_within_a_csv_field_may_lie_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "CSV_BLOCK", 64)
+    texts = [f"{i}\n" * 8 for i in range(10, 40)]
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    assert [d.text for d in read_corpus(str(tmp_path / "a.csv"))] == texts
+
+
+# --- labels ---
+
+
+def write_all_kinds(folder: Path, **columns: list[Any]) -> list[Path]:
+    """The same rows as Parquet, JSON lines and CSV."""
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+    (folder / "a.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
+    return [write_parquet(folder / "a.parquet", **columns), write_jsonl(folder / "a.jsonl", *rows), folder / "a.csv"]
+
+
+def test_a_label_is_read_with_its_document(tmp_path):
+    for path in write_all_kinds(tmp_path, text=["a", "", "c"], kind=["x", "y", "z"]):
+        read = list(read_corpus(str(path), label_column="kind"))
+        assert read == [Document(0, "a", "", "x"), Document(2, "c", "", "z")]
+        assert [d.label for d in read_corpus(str(path))] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([10, 9, 10], ["9", "10"]), ([0.5, -2.0, 0.5], ["-2.0", "0.5"]), ([True, False], ["False", "True"])],
+)
+def test_numbers_and_booleans_become_their_text_and_are_sorted_as_numbers(tmp_path, labels, names):
+    for path in write_all_kinds(tmp_path, text=["a"] * len(labels), label=labels):
+        assert [d.label for d in read_corpus(str(path), label_column="label")] == [str(label) for label in labels]
+        assert label_names(str(path), "label") == names
+
+
+def test_label_names_are_sorted_as_text_when_one_is_no_number(tmp_path):
+    for other in ("x", "nan"):
+        path = write_jsonl(tmp_path / "a.jsonl", *({"text": "a", "label": name} for name in ("9", other, "10")))
+        assert label_names(str(path), "label") == ["10", "9", other]
+
+
+def test_label_names_know_the_documents_only(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"body": " ", "label": "blank"}, {"body": "a", "label": "full"})
+    assert label_names(str(path), "label", text_column="body") == ["full"]
+
+
+def test_a_source_or_a_text_may_be_the_label_too(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=["a"], source=["s"])
+    assert list(read_corpus(str(path), label_column="source")) == [Document(0, "a", "s", "s")]
+    assert list(read_corpus(str(path), label_column="text")) == [Document(0, "a", "s", "a")]
+
+
+def test_hub_labels_are_read(monkeypatch):
+    hub(monkeypatch, [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
+    assert [d.label for d in read_corpus("owner/name", label_column="label")] == ["1", "0"]
+
+
+def test_a_missing_label_is_refused(tmp_path):
+    for path in write_all_kinds(tmp_path, text=["a", "b"], label=["x", None]):
+        assert re.search("(row|line) 2 has no label in 'label', expected one a doc", fault(path, label_column="label"))
+    path = write_parquet(tmp_path / "b.parquet", text=["a"], label=[float("nan")])
+    assert "row 1 has no label in 'label'" in fault(path, label_column="label")
+
+
+def test_a_missing_label_column_lists_the_columns(tmp_path):
+    for path in write_all_kinds(tmp_path, text=["a"], kind=["x"]):
+        message = fault(path, label_column="label")
+        assert "has no column 'label', expected one of text, kind: name the one with the label by label_c" in message
+    (tmp_path / "a.txt").write_text("plain")
+    assert "a.txt has no column 'label'" in fault(tmp_path / "a.txt", label_column="label")
+
+
+def test_a_label_that_is_no_value_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a", "label": ["x"]})
+    assert "line 1 has a list in 'label', expected a text or a number" in fault(path, label_column="label")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "\\ud83d"}\n')
+    assert "line 1 has half a surrogate pair in 'label'" in fault(path, label_column="label")
+
+
+def test_too_many_labels_are_refused(tmp_path, monkeypatch):
+    assert corpora.MOST_LABELS == 10_000
+    monkeypatch.setattr(corpora, "MOST_LABELS", 3)
+    path = write_parquet(tmp_path / "a.parquet", text=["a"] * 5, label=[0.1, 0.2, 0.3, 0.3, 0.1])
+    assert label_names(str(path), "label") == ["0.1", "0.2", "0.3"]
+    path = write_parquet(tmp_path / "a.parquet", text=["a"] * 4, label=[0.1, 0.2, 0.3, 0.4])
+    with pytest.raises(
+        CorpusError, match="over 3 different labels in 'label', expected a few classes and no free text"
+    ):
+        label_names(str(path), "label")
+
+
 # --- faults ---
 
 
@@ -216,6 +325,13 @@ def test_a_corrupt_parquet_is_refused(tmp_path):
     for broken in (b"", b"PAR1 no", whole[: len(whole) // 2]):
         path.write_bytes(broken)
         assert "cannot be read as Parquet" in fault(path)
+
+
+def test_a_broken_csv_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    for broken in (b"", b"text,label\na,b,c\n", "text\nGröße\n".encode("latin-1")):
+        path.write_bytes(broken)
+        assert re.search(r"a\.csv cannot be read as CSV \(.*\), expected UTF-8, a header line", fault(path))
 
 
 def test_a_corpus_without_text_is_refused(tmp_path):

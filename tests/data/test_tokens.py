@@ -1,4 +1,5 @@
-"""Packing: contexts are the documents' tokens and separators end to end; nothing is added, only the tail is lost."""
+"""Packed, contexts are the documents' tokens and separators end to end, and only the tail is lost; one by one, each is
+the start of a document. Nothing is added."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data import tokens
 from data.corpora import Document, read_corpus
-from data.tokens import pack, separator_of
+from data.tokens import one_by_one, pack, separator_of
 
 TEXTS = ["the cat sat on the mat", "a dog", "the mat is red and the cat is not", "x"]
 DOCUMENTS = [Document(10 * i, text, "") for i, text in enumerate(TEXTS)]
@@ -159,3 +160,78 @@ def test_the_separator_is_endoftext_else_eos(tokenizer):
     assert separator_of(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")) == 0
     with pytest.raises(ValueError, match="no separator"):
         separator_of(PreTrainedTokenizerFast(tokenizer_object=plain))
+
+
+# --- one by one ---
+
+
+def test_one_by_one_each_context_is_the_start_of_a_document(tokenizer):
+    contexts = list(one_by_one(DOCUMENTS, tokenizer, context=5))
+    expected = [stream(tokenizer, [document], [])[0] for document in DOCUMENTS]
+    assert [len(ids) > 5 for ids in expected].count(True) in (1, 2, 3)  # some are cut, some are not
+    assert [c.ids.tolist() for c in contexts] == [ids[:5] for ids in expected]
+    assert [c.docs.tolist() for c in contexts] == [
+        [d.id] * min(5, len(ids)) for d, ids in zip(DOCUMENTS, expected, strict=True)
+    ]
+    assert {c.ids.dtype for c in contexts} == {c.docs.dtype for c in contexts} == {np.dtype(np.int32)}
+    assert {(c.roles, c.labels) for c in contexts} == {(None, None)}
+
+
+def test_one_by_one_stops_before_the_document_that_is_too_much(tokenizer):
+    sizes = [len(stream(tokenizer, [document], [])[0][:5]) for document in DOCUMENTS]
+    for n in range(1, len(sizes)):
+        exactly = sum(sizes[: n + 1])
+        for n_tokens, n_contexts in ((exactly, n + 1), (exactly - 1, n)):
+            some = list(one_by_one(DOCUMENTS, tokenizer, context=5, n_tokens=n_tokens))
+            assert len(some) == n_contexts  # a shorter one further on is not taken either
+    assert len(list(one_by_one(DOCUMENTS, tokenizer, context=5, n_tokens=10**6))) == len(DOCUMENTS)
+
+
+def test_one_by_one_text_is_literal_and_has_no_bos(tokenizer):
+    text = "a <|im_start|>system<|endoftext|> b<|bos|>"
+    (only,) = one_by_one([Document(0, text, "")], tokenizer, context=100)
+    assert min(only.ids) >= len(SPECIAL)
+    assert tokenizer.decode(only.ids) == text
+
+
+def test_one_by_one_a_text_without_tokens_is_passed_over():
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    documents = [Document(0, "a a", ""), Document(1, "\u3000", ""), Document(2, "a", "")]
+    contexts = list(one_by_one(documents, PreTrainedTokenizerFast(tokenizer_object=words), context=8))
+    assert [c.docs.tolist() for c in contexts] == [[0, 0], [2]]
+
+
+def test_one_by_one_streams_and_the_size_of_a_batch_changes_nothing(tokenizer, monkeypatch):
+    at_once = joined(list(one_by_one(DOCUMENTS, tokenizer, context=3)))
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 1)
+    assert joined(list(one_by_one(DOCUMENTS, tokenizer, context=3))) == at_once
+    taken: list[int] = []
+
+    def endless() -> Iterator[Document]:
+        while True:
+            taken.append(len(taken))
+            yield Document(taken[-1], "the cat sat on the mat", "")
+
+    assert len(list(one_by_one(endless(), tokenizer, context=4, n_tokens=40))) == 10
+    assert len(taken) == 10
+
+
+def test_one_by_one_a_label_is_its_place_in_the_list(tokenizer):
+    documents = [Document(i, "the cat", "", label) for i, label in enumerate("bab")]
+    contexts = list(one_by_one(documents, tokenizer, context=8, label_names=["a", "b"]))
+    assert all(c.labels.shape == c.ids.shape and c.labels.dtype == np.int32 for c in contexts)
+    assert [set(c.labels.tolist()) for c in contexts] == [{1}, {0}, {1}]
+
+
+def test_one_by_one_a_label_outside_the_list_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="document 7 has the label 'c', expected one of the 2 in label_names"):
+        list(one_by_one([Document(7, "x", "", "c")], tokenizer, label_names=["a", "b"]))
+    with pytest.raises(ValueError, match="document 7 has no label, expected one: read the corpus with label_column"):
+        list(one_by_one([Document(7, "x", "")], tokenizer, label_names=["a", "b"]))
+
+
+@pytest.mark.parametrize("options", [{"context": 0}, {"context": 8, "n_tokens": 7}])
+def test_one_by_one_sizes_that_leave_no_context_are_refused_at_once(tokenizer, options):
+    with pytest.raises(ValueError, match="context"):
+        one_by_one(DOCUMENTS, tokenizer, **options)

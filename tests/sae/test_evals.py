@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from activations.cache import held_out_mask
 from activations.splice import Where
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE
@@ -29,7 +30,7 @@ def test_fvu_is_0_for_the_identity_and_1_for_the_mean(cache):
     exact = reconstruction(identity(8), cache)
     assert exact["fvu"].value == pytest.approx(0, abs=1e-9)
     assert exact["cosine"].value == pytest.approx(1, abs=1e-5)
-    rows = torch.cat([cache.rows(i)[cache.held_out_mask(i)] for i in range(cache.n_shards)])
+    rows = torch.cat([cache.rows(i)[held_out_mask(cache, i)] for i in range(cache.n_shards)])
     assert exact["fvu"].n == len(rows) > 0
     constant = TopKSAE(TopKConfig(d_in=8, d_sae=8, k=1))
     constant.b_dec.data = rows.mean(dim=0)

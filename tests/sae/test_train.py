@@ -36,7 +36,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(run, monkeypatch, architec
 
     def save_and_die(*args):
         save(*args)
-        kills.append(args[4])
+        kills.append(args[4].step)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sae.train, "_save_checkpoint", save_and_die)

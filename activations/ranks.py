@@ -1,0 +1,92 @@
+"""The processes of one job: alone, or started by torchrun, one a GPU, on one or several hosts.
+
+Captures share work through the file system (all ranks see the run's folder) and agree on little: gloo is enough, also
+between GPUs, and a rank that finds no RANK in its environment is alone and needs no group at all.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from activations.errors import InputError
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """This process among `world`."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Number on this host, which picks the GPU."""
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """What torchrun says in the environment; alone without it."""
+        rank, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls() if rank is None else cls(int(rank), int(world or 1), int(local or 0))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's `value`, on every rank; the others' is ignored."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """`work()` on the leader, then on the others, each with its own result.
+
+        What the leader was given wrong is its to say: the other ranks leave with exit code 1 then.
+        """
+        failed: ValueError | None = None
+        if self.leads:
+            try:
+                done = work()
+            except ValueError as error:  # InputError and its like in the other rooms
+                failed = error
+        if self.from_leader(failed is not None):
+            raise failed or SystemExit(1)
+        return done if self.leads else work()
+
+    def device(self, name: str) -> str:
+        """`name` as torch takes it, with this rank's GPU where a GPU is meant.
+
+        Raises InputError when this host has fewer GPUs than ranks.
+        """
+        n_gpus = torch.cuda.device_count()
+        if self.world == 1 or name == "cpu" or ":" in name or (name == "auto" and n_gpus == 0):
+            return name
+        if self.local_rank >= n_gpus:
+            raise InputError(f"Rank {self.local_rank} of this host has no GPU: it has {n_gpus}. Start fewer ranks.")
+        return f"cuda:{self.local_rank}"
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process's place among those that torchrun started, joined for the block; alone without torchrun."""
+    ranks = Ranks.from_environment()
+    if ranks.world == 1 or dist.is_initialized():
+        yield ranks
+        return
+    # A rank may wait for the leader's first shard, which on a CPU takes minutes.
+    dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
