@@ -33,7 +33,7 @@ from activations.moments import Moments, merge
 from activations.ranks import Ranks
 from activations.run import Run
 from activations.shards import Shards
-from activations.writer import SETS, Writer
+from activations.writer import MOST_SETS, SETS, Writer
 
 ROWS_PER_SHARD = 1 << 16
 MEMORY = 4 << 30
@@ -136,7 +136,12 @@ def collect(
 
         for group in _groups(tokens, n_rows, bytes_of, memory):
             chosen = {hook: caches[hook] for hook in group}
-            write_rows(chosen, parts(), facts, n_tokens=run.meta["n_tokens"], skip_first=True, ranks=ranks)
+            in_memory = [n_rows * bytes_of[hook] for hook in group]
+            if model.device.type == "cuda":  # torch rounds pinned memory up to a power of two
+                in_memory = [1 << (size - 1).bit_length() for size in in_memory]
+            sets = max(min(memory // sum(in_memory), MOST_SETS), SETS)
+            n_tokens = run.meta["n_tokens"]
+            write_rows(chosen, parts(), facts, n_tokens=n_tokens, skip_first=True, sets=sets, ranks=ranks)
 
 
 def write_rows(
@@ -147,12 +152,13 @@ def write_rows(
     n_tokens: int,
     skip_first: bool,
     find_sinks: bool = True,
+    sets: int = SETS,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> None:
     """Compute and write the rows of all `parts` (this rank's) that `caches` lack; finish the caches.
 
     facts: of each hook, for its manifest; a cache that was begun with others is refused. skip_first: position 0 is no
-    ordinary row. find_sinks: mark rows with a norm far above the median.
+    ordinary row. find_sinks: mark rows with a norm far above the median. sets: shards in memory at once.
     """
     for hook, cache in caches.items():
         _compare(cache, facts[hook])
@@ -165,7 +171,7 @@ def write_rows(
         desc="capture" if ranks.world == 1 else f"capture, 1 of {ranks.world}",
         disable=None if ranks.leads else True,
     )
-    with Writer() as writer, bar:
+    with Writer(sets) as writer, bar:
         for part in parts:
             n_shards = max(n_shards, part.number + 1)
             wanted = {hook: cache for hook, cache in caches.items() if cache.lacks(part.number)}
@@ -296,7 +302,8 @@ def _write_tokens(
         if stop.is_set():
             break
         if tokens.lacks(number - 1):  # else it was written before this process was started again
-            tokens.write(number - 1, _columns(part))
+            # Unflushed: they are small and come first, and the flush of a small file waits for all the large ones.
+            tokens.write(number - 1, _columns(part), sync=False)
     if number == 0:
         raise InputError("The corpus has no sequence of tokens: give more text, or a smaller --context.")
     return number
@@ -317,13 +324,17 @@ def _parts_of(sequences: Iterable[TokenSequence], rows_per_shard: int) -> Iterat
 
 def _columns(part: Sequence[TokenSequence]) -> dict[str, Tensor]:
     columns = {
-        "ids": [sequence.ids for sequence in part],
-        "docs": [sequence.docs for sequence in part],
-        "positions": [np.arange(len(sequence.ids), dtype=np.int32) for sequence in part],
-        "roles": [sequence.roles for sequence in part if sequence.roles is not None],
-        "labels": [sequence.labels for sequence in part if sequence.labels is not None],
+        "ids": np.concatenate([sequence.ids for sequence in part]),
+        "docs": np.concatenate([sequence.docs for sequence in part]),
     }
-    return {name: torch.from_numpy(np.concatenate(each)) for name, each in columns.items() if each}
+    lengths = [len(sequence.ids) for sequence in part]
+    starts = np.cumsum(lengths) - lengths
+    columns["positions"] = np.arange(sum(lengths), dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+    if part[0].roles is not None:
+        columns["roles"] = np.concatenate([sequence.roles for sequence in part if sequence.roles is not None])
+    if part[0].labels is not None:
+        columns["labels"] = np.concatenate([sequence.labels for sequence in part if sequence.labels is not None])
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def begin(stack: ExitStack, folder: Path, hooks: Sequence[str], ranks: Ranks) -> dict[str, Shards]:

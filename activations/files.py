@@ -18,29 +18,32 @@ from activations.errors import InputError
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[Path]:
+def write_aside(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write a file or a folder to; rename it onto `path` on success.
 
     The temporary name is fixed, so what a killed writer left is overwritten by the next one. A folder may only replace
-    nothing; a file replaces the old file.
+    nothing; a file replaces the old file. sync: the bytes and the name are on the disk when the block is left, so that
+    a power cut takes nothing; without it a kill takes nothing either.
     """
     aside = path.with_name(f".{path.name}.partial")
     _remove(aside)
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
-        for each in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
-            _sync(each)
+        if sync:
+            for each in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+                flush(each)
         os.replace(aside, path)
-        _sync(path.parent)
+        if sync:
+            flush(path.parent)
     except BaseException:
         _remove(aside)
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, aside and renamed."""
-    with write_aside(path) as aside:
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    """Write `value` as indented JSON, aside and renamed (`write_aside`)."""
+    with write_aside(path, sync=sync) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -104,7 +107,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

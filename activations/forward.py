@@ -109,9 +109,9 @@ def rows_with_gradients(
     with torch.enable_grad(), follow(model, hooks) as got:
         for batch in batches(ids, positions, per_batch):
             logits = _call(model, batch).logits
-            target = _send(batch.ids, model.device)[:, 1:]
+            target = send(batch.ids, model.device)[:, 1:]
             if batch.mask is not None:
-                target = torch.where(_send(batch.mask, model.device)[:, 1:] == 1, target, -100)
+                target = torch.where(send(batch.mask, model.device)[:, 1:] == 1, target, -100)
             loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="sum")
             tensors = [got[hook] for hook in hooks]
             # A hook behind the last one that matters has no part in the loss: its gradient is 0.
@@ -132,8 +132,8 @@ def widths(model: Model, hooks: Sequence[str]) -> dict[str, int]:
 
 def _call(model: Model, batch: Batch) -> Any:
     """Run the model; returns what it does, or None when a hook ended the pass."""
-    mask = None if batch.mask is None else _send(batch.mask, model.device)
-    return model.hf(input_ids=_send(batch.ids, model.device), attention_mask=mask, use_cache=False)
+    mask = None if batch.mask is None else send(batch.mask, model.device)
+    return model.hf(input_ids=send(batch.ids, model.device), attention_mask=mask, use_cache=False)
 
 
 def _put(out: dict[str, Tensor], name: str, x: Tensor, batch: Batch, n_rows: int, dtype: torch.dtype) -> None:
@@ -146,10 +146,10 @@ def _put(out: dict[str, Tensor], name: str, x: Tensor, batch: Batch, n_rows: int
         return
     assert isinstance(batch.at, Tensor)
     kept = batch.mask.flatten().nonzero().flatten()
-    out[name].index_copy_(0, _send(batch.at, x.device), rows.index_select(0, _send(kept, x.device)).to(dtype))
+    out[name].index_copy_(0, send(batch.at, x.device), rows.index_select(0, send(kept, x.device)).to(dtype))
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device without waiting for what it is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

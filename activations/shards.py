@@ -7,6 +7,7 @@ killed, writers need not know of each other, and a reader can follow while other
 
 import errno
 import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activations.errors import InputError
-from activations.files import read_json, write_aside, write_json
+from activations.files import flush, read_json, write_aside, write_json
 
 FORMAT = 2
 
@@ -77,19 +78,23 @@ class Shards:
         """Whether shard i is to be written: it is not there yet, or its file was removed because it was damaged."""
         return not self.has(i) or not self._path(i).exists()
 
-    def write(self, i: int, tensors: Mapping[str, Tensor], **record: Any) -> None:
+    def write(self, i: int, tensors: Mapping[str, Tensor], *, sync: bool = True, **record: Any) -> None:
         """Write shard i and its record; the first tensor says how many rows there are.
 
+        sync: the shard is on the disk when its record says that it is there; else only once `finish` has returned.
         Raises InputError when the disk is full; what was written before stays, and a later call goes on.
         """
         path = self._path(i)
         try:
-            with write_aside(path) as aside:
+            # One flush a shard, of its bytes: the record is renamed after the shard, so it reaches the disk after it.
+            with write_aside(path, sync=False) as aside:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
                 aside.chmod(0o644)  # safetensors leaves it to its owner alone
+                if sync:
+                    flush(aside)
             record = {"rows": len(next(iter(tensors.values()))), "sha256": _sha256(path), **record}
             if not self.manifest["complete"]:  # else it takes the place of a damaged one, and the record stands
-                write_json(self._record(i), record)
+                write_json(self._record(i), record, sync=False)
         except (OSError, SafetensorError) as error:
             if _is_full(error):
                 raise InputError(
@@ -106,6 +111,8 @@ class Shards:
     def finish(self, n_shards: int, **facts: Any) -> None:
         """Gather the records of all `n_shards` shards into the manifest, which is complete then."""
         if not self.manifest["complete"]:
+            for i in range(n_shards):
+                flush(self._path(i))
             entries = [self.entry(i) for i in range(n_shards)]
             self.update(shards=entries, rows=sum(entry["rows"] for entry in entries), complete=True, **facts)
         self.tidy()
@@ -159,5 +166,8 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Mapped and hashed in one call: read in pieces, each would take the interpreter's lock from the forward pass."""
+    if path.stat().st_size == 0:  # as a power cut may leave it; there is nothing to map
+        return hashlib.sha256().hexdigest()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()

@@ -11,6 +11,7 @@ r, r + n, ...
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import NamedTuple, TypeVar
@@ -48,9 +49,9 @@ class Shuffled:
     """Batches of the training rows of `sources`, without end.
 
     sources: one hook, or several of one run, read through what the masks of all keep. batch: rows in a batch, of all
-    ranks together. order: "shuffled" (complete caches) or "stream". budget: bytes of rows held in memory at once; a
-    cache that is larger is mixed by window. device: where the batches will go; a GPU holds a small cache whole, and
-    gets others from pinned memory.
+    ranks together. order: "shuffled" (complete caches) or "stream". budget: bytes of rows held at once; a cache that is
+    larger is mixed by window. device: where the batches are wanted; windows are loaded there, and a GPU also holds a
+    cache whole that takes at most `gpu_share` of its memory.
     Raises InputError when there is no training row, or `batch` does not divide by `world`.
     """
 
@@ -73,13 +74,17 @@ class Shuffled:
         self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
         self.batch, self.seed, self.order, self.rank, self.world = batch, seed, order, rank, world
         self.device = device or torch.device("cpu")
+        self.waited = 0.0
+        """Seconds for which a reader waited for a window to be loaded."""
         if not self.sources[0].has(0):
             raise InputError(f"There are no activations at {self.sources[0].hook}: run `sae collect`.")
         shard_bytes = self.sources[0].rows_of(0) * sum(source.row_bytes for source in self.sources)
         # Half the budget: the next window is loaded while this one is read.
         self._per_window = STREAM_SHARDS if order == "stream" else max(budget // 2 // shard_bytes, 1)
-        self._whole = order == "shuffled" and self._fits(gpu_share)
         self._held: tuple[list[int], Rows] = ([], {})
+        self._keep_in_gpu = order == "shuffled" and self._fits_in_gpu(gpu_share)
+        self._in_gpu: dict[tuple[str, int], Tensor] = {}
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def batches(self, start: Cursor = START) -> Generator[tuple[Rows, Cursor], None, None]:
         """(this rank's rows of a batch, cursor behind the batch) from `start` on, in the dtype of the cache."""
@@ -91,7 +96,7 @@ class Shuffled:
                 piece = order[at : at + missing]
                 # A row's position in the batch decides whose it is; the piece begins at position batch - missing.
                 own = piece[(self.rank + missing - self.batch) % self.world :: self.world]
-                pieces.append({name: self._take(x, own) for name, x in rows.items()})
+                pieces.append({name: x.index_select(0, own) for name, x in rows.items()})
                 at, missing = at + len(piece), missing - len(piece)
                 if missing == 0:
                     yield _join(pieces), Cursor(epoch, window, at)
@@ -103,12 +108,21 @@ class Shuffled:
 
         def load() -> tuple[int, int, Rows, Tensor]:
             epoch, number, shards = next(places)
-            return epoch, number, *self._load(epoch, number, shards)
+            with torch.cuda.stream(self._stream):  # on a CPU, without one, this does nothing
+                window = self._load(epoch, number, shards)
+            if self._stream is not None:
+                self._stream.synchronize()  # this thread waits for the copies, and nobody else
+            return epoch, number, *window
 
         coming = _in_background(load)
         try:
             while True:
+                began = time.perf_counter()
                 window = coming.result()
+                self.waited += time.perf_counter() - began
+                for x in (window[3], *window[2].values()) if self._stream is not None else ():
+                    # Made on the side stream: its memory may be given away again only when this one is done with it.
+                    x.record_stream(torch.cuda.current_stream(self.device))
                 coming = _in_background(load)
                 yield window
         finally:  # leave no thread behind that still reads, or runs the model
@@ -139,35 +153,41 @@ class Shuffled:
         return iter(np.random.default_rng([self.seed, epoch]).permutation(shards).tolist())
 
     def _load(self, epoch: int, number: int, shards: list[int]) -> tuple[Rows, Int[Tensor, " rows"]]:
-        keep = [self._training_rows(i) for i in shards]
-        n_rows = sum(len(rows) for rows in keep)
-        if n_rows == 0 and len(shards) < self._per_window and number == 0:
-            raise InputError(f"There is no training row at {self.sources[0].hook}: collect more text.")
-        order = torch.from_numpy(np.random.default_rng([self.seed, epoch, number, 1]).permutation(n_rows))
-        if self._whole:
-            return self._whole_cache(), self._in_whole_cache(shards, order).to(self.device)
+        """The rows of a window and the order in which to read them, on the device."""
         if self._held[0] != shards:
             self._held = ([], {})  # the window before the one that is being read goes before the next one comes
-            self._held = (shards, self._gather(shards, keep, torch.device("cpu")))
-        return self._held[1], order
+            self._held = (shards, self._gather(shards))
+        rows = self._held[1]
+        n_rows = len(rows[self.sources[0].hook])
+        if n_rows == 0 and number == 0 and len(shards) < self._per_window:
+            raise InputError(f"There is no training row at {self.sources[0].hook}: collect more text.")
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch, number, 1]).permutation(n_rows))
+        return rows, order.to(self.device)
 
-    def _gather(self, shards: Sequence[int], keep: Sequence[Tensor], device: torch.device) -> Rows:
-        """The rows to `keep` of some shards, one after another."""
+    def _gather(self, shards: Sequence[int]) -> Rows:
+        """The training rows of some shards, one shard after another, on the device."""
+        keep = [self._training_rows(i) for i in shards]
+        n_rows = sum(len(chosen) for chosen in keep)
         out: Rows = {}
-        n_rows = sum(len(rows) for rows in keep)
         for source in self.sources:
             at = 0
             for i, chosen in zip(shards, keep, strict=True):
-                rows = source.rows(i)
+                rows = self._shard(source, i)
                 if at == 0:
-                    out[source.hook] = torch.empty(n_rows, source.d_in, dtype=rows.dtype, device=device)
+                    out[source.hook] = torch.empty(n_rows, source.d_in, dtype=rows.dtype, device=self.device)
                 part = out[source.hook][at : at + len(chosen)]
-                if device.type == "cpu":
-                    torch.index_select(rows, 0, chosen, out=part)
-                else:
-                    part.copy_(rows.to(device).index_select(0, chosen.to(device)))
+                torch.index_select(rows, 0, chosen.to(self.device), out=part)
                 at += len(chosen)
         return out
+
+    def _shard(self, source: Activations, i: int) -> Float[Tensor, "rows d"]:
+        """Shard i on the device, from the GPU's copy of the cache where it has one."""
+        if (source.hook, i) in self._in_gpu:
+            return self._in_gpu[source.hook, i]
+        rows = source.rows(i).to(self.device)
+        if self._keep_in_gpu:
+            self._in_gpu[source.hook, i] = rows
+        return rows
 
     def _training_rows(self, i: int) -> Int[Tensor, " kept"]:
         """Numbers of the rows of shard i that are trained on: ordinary at every hook, and not held out."""
@@ -176,32 +196,12 @@ class Shuffled:
             mask = mask & source.mask(i)
         return mask.nonzero().flatten()
 
-    def _fits(self, share: float) -> bool:
+    def _fits_in_gpu(self, share: float) -> bool:
         if self.device.type != "cuda":
             return False
         n_rows = sum(self.sources[0].rows_of(i) for i in self._shards_of(0))
         room = share * torch.cuda.get_device_properties(self.device).total_memory
         return n_rows * sum(source.row_bytes for source in self.sources) <= room
-
-    def _whole_cache(self) -> Rows:
-        """All training rows, on the GPU, shard after shard."""
-        if not self._held[0]:
-            shards = sorted(self._shards_of(0))
-            keep = [self._training_rows(i) for i in shards]
-            self._firsts = np.cumsum([0, *(len(rows) for rows in keep)])
-            self._held = (shards, self._gather(shards, keep, self.device))
-        return self._held[1]
-
-    def _in_whole_cache(self, shards: Sequence[int], order: Tensor) -> Tensor:
-        """Numbers within the whole cache for numbers within a window of `shards`."""
-        rows = np.concatenate([np.arange(self._firsts[i], self._firsts[i + 1]) for i in shards])
-        return torch.from_numpy(rows)[order]
-
-    def _take(self, rows: Tensor, order: Tensor) -> Tensor:
-        if rows.is_cuda or self.device.type != "cuda":
-            return rows.index_select(0, order)
-        pinned = torch.empty(len(order), rows.shape[1], dtype=rows.dtype, pin_memory=True)
-        return torch.index_select(rows, 0, order, out=pinned)
 
 
 def _join(pieces: Sequence[Rows]) -> Rows:

@@ -1,5 +1,5 @@
 """Rows to disk beside the forward pass: masks, moments and the copy to the host are queued on the device, threads do
-the rest. At most `SETS - 1` shards are on their way while one is computed, so memory is bounded.
+the rest. A bounded number of shards is on its way while one is computed, and so memory is bounded.
 """
 
 import threading
@@ -10,24 +10,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from activations.forward import send
 from activations.moments import CHUNK, moments
 from activations.shards import Shards
 
 SETS = 4
-"""Shards of rows in memory at once: one being computed, the others being written."""
+"""Shards of rows in memory at once, at least: one being computed, the others being written."""
+MOST_SETS = 16
 THREADS = 8
 FLOAT8_MAX = 448.0
 
 
 class Writer:
-    """Writes shards in threads. Leaving the block waits for them; an error in one is raised at the next call."""
+    """Writes shards in threads. Leaving the block waits for them; an error in one is raised at the next call.
 
-    def __init__(self) -> None:
+    sets: shards in memory at once, the one being computed among them.
+    """
+
+    def __init__(self, sets: int = SETS) -> None:
         self.n_bytes = 0
         """Bytes written so far."""
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="write")
         self._sets: list[list[Future[None]]] = [[]]
         self._count = threading.Lock()
+        self._most = sets
 
     def __enter__(self) -> "Writer":
         return self
@@ -46,18 +52,21 @@ class Writer:
         ordinary_place: Bool[Tensor, " rows"],
     ) -> None:
         """Queue one hook's rows of shard `number`: work of the device at once, unwaited for; the file in a thread."""
-        tensors = _with_mask(rows, ordinary_place.to(rows.device), shards.manifest["sink_threshold"])
+        tensors = _with_mask(rows, send(ordinary_place, rows.device), shards.manifest["sink_threshold"])
         if shards.manifest["dtype"] == "float8":
             tensors["rows"], tensors["scales"] = to_float8(rows)
         if gradients is not None:
             tensors["gradients"] = gradients
         host = {name: _to_host(tensor) for name, tensor in tensors.items()}
-        copied = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
+        copied = None
+        if rows.is_cuda:
+            copied = torch.cuda.Event(blocking=True)  # the threads sleep: spinning, they would slow the forward pass
+            copied.record(torch.cuda.current_stream(rows.device))
         self._sets[-1].append(self._pool.submit(self._write, shards, number, host, copied))
 
     def next_set(self) -> None:
         """All hooks of a shard were put: wait until there is room for the next."""
-        self._wait(SETS - 2)
+        self._wait(self._most - 2)
         self._sets.append([])
 
     def _write(

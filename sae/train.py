@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
-from activations.feed import Feed
 from activations.files import lock, read_json, write_aside, write_json
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
@@ -164,7 +163,7 @@ def train(
         )
         state, saved = State(start, settings.n_steps, *_dead(last_fired, start, settings)), time.monotonic()
 
-        feed = stack.enter_context(Feed(batches, cursor))
+        feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start, settings.n_steps), feed, strict=False):
             state = state._replace(step=step)
             x = rows[source.hook].float() * scale

@@ -263,6 +263,9 @@ def test_a_flipped_byte_is_found_and_named_and_the_shard_can_be_made_again(tiny,
         path.write_bytes(bytes(data))
         with pytest.raises(InputError, match=r"shard-00003.safetensors is damaged .*remove that file and run .sae col"):
             run.activations(HOOKS[0]).check()
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"shard-00003.safetensors is damaged .*not those that were written"):
+        run.activations(HOOKS[0]).check()
     path.write_bytes(good[:100])
     with pytest.raises(InputError, match="shard-00003.safetensors is damaged"):
         run.activations(HOOKS[0]).rows(3)

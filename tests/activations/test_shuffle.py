@@ -12,7 +12,6 @@ import activations.capture
 from activations.cache import training_mask
 from activations.capture import collect
 from activations.errors import InputError
-from activations.feed import Feed
 from activations.live import LiveActivations
 from activations.model import Model
 from activations.shards import Shards
@@ -169,15 +168,6 @@ def test_no_training_row_is_said(tmp_path):
     tokens.write(0, columns)  # as if all of the text were one held-out document
     with pytest.raises(InputError, match="no training row"):
         take(Shuffled(run.activations(HOOK), batch=4, seed=0), 1)
-
-
-def test_the_feed_gives_the_batches_and_their_cursors(cache):
-    shuffled = Shuffled(cache, batch=64, seed=0)
-    expected = take(shuffled, 5)
-    with Feed(shuffled) as feed:
-        for (rows, cursor), (wanted, at) in zip(itertools.islice(feed, 5), expected, strict=True):
-            assert torch.equal(rows[HOOK], wanted)
-            assert cursor == at
 
 
 def test_a_window_is_bounded_by_the_budget(cache):
