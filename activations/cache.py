@@ -5,6 +5,7 @@ mask keeps ordinary tokens, neither position 0 (of a language model) nor a sink;
 through what all their masks keep (`together`).
 """
 
+import copy
 import math
 import threading
 import time
@@ -12,37 +13,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int8, Int32
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from activations.errors import InputError
 from activations.files import is_locked
 from activations.moments import Moments, merge, moments
 from activations.shards import Shards
+from activations.tokens import Tokens, from_disk
 
 SINK_FACTOR = 5.0
 SINK_SEQUENCES = 64
 OPENING_SHARDS = 4
 """Shards whose moments stand for all of them where later ones do not exist yet."""
 POLL_SECONDS = 0.05
+GRADIENT_SUFFIX = " gradient"
+"""Behind a hook's name: the gradient there."""
 _MOMENTS = ("n_ordinary", "mean", "m2", "norms")  # what the manifest calls them
-
-
-class Tokens(NamedTuple):
-    """The tokens behind the rows of a shard."""
-
-    ids: Int32[Tensor, " rows"]
-    docs: Int32[Tensor, " rows"]
-    """Number of the document in the corpus."""
-    positions: Int32[Tensor, " rows"]
-    """Position in the sequence."""
-    roles: Int8[Tensor, " rows"] | None = None
-    """Of a chat: who says the token, an index into the run's `roles`."""
-    labels: Int32[Tensor, " rows"] | None = None
-    """Of a labelled corpus: the document's label, an index into the run's `labels`."""
 
 
 class GivenUp(Exception):
@@ -112,6 +101,7 @@ class CachedActivations(Activations):
     def __init__(self, folder: Path, hook: str, *, roles: Sequence[str] = (), follow: bool = False) -> None:
         super().__init__()
         self.hook = hook
+        self._column = "rows"
         self._folder = folder
         self._shards = Shards(folder / hook)
         self._tokens = Shards(folder / "tokens")
@@ -198,14 +188,15 @@ class CachedActivations(Activations):
 
     def rows(self, i: int) -> Float[Tensor, "rows d_in"]:
         """All rows of shard i as stored, memory-mapped; float8 rows come scaled back, as bfloat16."""
-        rows = self._shards.tensor(i, "rows")
+        rows = self._shards.tensor(i, self._column)
         if rows.dtype == torch.float8_e4m3fn:
             return rows.bfloat16() * self._shards.tensor(i, "scales").bfloat16()[:, None]
         return rows
 
-    def gradients(self, i: int) -> Float[Tensor, "rows d_in"]:
-        """Gradient, at each row of shard i, of the summed next-token cross-entropy (nats) of its sequence.
+    def gradients(self) -> "CachedActivations":
+        """The same tokens through the same mask; a row is the gradient of its sequence's summed cross-entropy (nats).
 
+        `Shuffled([cache, cache.gradients()], ...)` reads both, aligned; the second is called HOOK + " gradient".
         Raises InputError when the cache was made without.
         """
         if not self.has_gradients:
@@ -213,7 +204,9 @@ class CachedActivations(Activations):
                 f"The activations at {self.hook} were cached without gradients: collect them in a new run, "
                 "with --gradients."
             )
-        return self._shards.tensor(i, "gradients")
+        other = copy.copy(self)
+        other.hook, other._column = self.hook + GRADIENT_SUFFIX, "gradients"
+        return other
 
     def mask(self, i: int) -> Bool[Tensor, " rows"]:
         """True on ordinary tokens (of the chosen roles)."""
@@ -223,13 +216,13 @@ class CachedActivations(Activations):
         return mask & torch.isin(self._tokens.tensor(i, "roles"), torch.tensor(self._roles, dtype=torch.int8))
 
     def tokens(self, i: int) -> Tokens:
-        return Tokens(**self._tokens.load(i))
+        return from_disk(self._tokens.load(i))
 
     @cached_property
     def moments(self) -> Moments:
         """Of all rows that the mask keeps."""
         facts = self._shards.manifest
-        if self._roles or not facts["complete"]:
+        if self._roles or self._column != "rows" or not facts["complete"]:
             return self._moments(self.n_shards)
         n, mean, m2, norms = (torch.tensor(facts[name], dtype=torch.float64) for name in _MOMENTS)
         return Moments(n=n, mean=mean, m2=m2, norms=norms)
@@ -261,7 +254,7 @@ class CachedActivations(Activations):
         self._tokens.check()
 
     def _moments(self, n_shards: int) -> Moments:
-        if self._roles:  # what the shards recorded counts every role
+        if self._roles or self._column != "rows":  # the shards recorded the moments of all rows
             each = ((self.rows(i), self.mask(i)) for i in range(n_shards))
             return merge(moments(rows, rows.float().norm(dim=1), mask) for rows, mask in each)
         names = ("n", "mean", "m2", "norms")

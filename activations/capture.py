@@ -23,16 +23,17 @@ from jaxtyping import Int32
 from torch import Tensor
 from tqdm import tqdm
 
-from activations.cache import POLL_SECONDS, SINK_FACTOR, SINK_SEQUENCES
+from activations.cache import GRADIENT_SUFFIX, POLL_SECONDS, SINK_FACTOR, SINK_SEQUENCES
 from activations.errors import InputError
 from activations.files import is_locked, lock, safe_name
-from activations.forward import GRADIENT_SUFFIX, OnRows, rows_at, rows_with_gradients, widths
+from activations.forward import OnRows, rows_at, rows_with_gradients, widths
 from activations.hooks import heads_of, resolve
 from activations.model import DTYPES, Model
 from activations.moments import Moments, merge
 from activations.ranks import Ranks
 from activations.run import Run
 from activations.shards import Shards
+from activations.tokens import Tokens, from_disk, to_disk
 from activations.writer import MOST_SETS, SETS, Writer
 
 ROWS_PER_SHARD = 1 << 16
@@ -104,6 +105,9 @@ def collect(
         tokens = Shards(folder / "tokens")
         ranks.leader_first(lambda: check_disk(folder, run.meta["n_tokens"], caches, bytes_of, say, ranks))
         n_rows = min(ROWS_PER_SHARD, max(memory // (SETS * max(bytes_of.values())), 1))
+        if tokens.has(0):  # cut by an earlier call, perhaps with more memory
+            n_rows = tokens.entry(0)["rows"]
+        n_rows = ranks.from_leader(n_rows)  # the others may look when the leader's thread is writing already
         stage = stack.enter_context(_TokenStage(tokens, sequences, n_rows, categories or {}, ranks))
         # Not before the leader holds its locks and has looked at what is there.
         ranks.barrier()
@@ -125,7 +129,7 @@ def collect(
         def parts() -> Iterator[Part]:
             for i in stage.shards():
                 if i % ranks.world == ranks.rank:
-                    ids, positions = tokens.tensor(i, "ids"), tokens.tensor(i, "positions")
+                    ids, _, positions, *_ = from_disk(tokens.load(i))
                     yield Part(
                         i,
                         positions,
@@ -134,7 +138,7 @@ def collect(
                         ),
                     )
 
-        for group in _groups(tokens, n_rows, bytes_of, memory):
+        for group in _groups(n_rows, bytes_of, memory):
             chosen = {hook: caches[hook] for hook in group}
             in_memory = [n_rows * bytes_of[hook] for hook in group]
             if model.device.type == "cuda":  # torch rounds pinned memory up to a power of two
@@ -228,11 +232,12 @@ def check_disk(
     free = shutil.disk_usage(place).free
     if need > free:
         raise InputError(
-            f"The activations need {need / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free: "
+            f"The activations need {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free: "
             "lower --tokens, take fewer hooks, a smaller --dtype, or put the run elsewhere."
         )
     if need and ranks.leads:
-        say(f"{n_tokens:,} tokens, {len(caches)} hooks: {need / 1e9:.2f} GB to {folder} ({free / 1e9:.0f} GB free)")
+        hooks = f"{len(caches)} hooks" if len(caches) > 1 else "1 hook"
+        say(f"{n_tokens:,} tokens, {hooks}: {need / 1e9:.2f} GB to {folder} ({free / 1e9:.2f} GB free)")
 
 
 class _TokenStage:
@@ -303,7 +308,7 @@ def _write_tokens(
             break
         if tokens.lacks(number - 1):  # else it was written before this process was started again
             # Unflushed: they are small and come first, and the flush of a small file waits for all the large ones.
-            tokens.write(number - 1, _columns(part), sync=False)
+            tokens.write(number - 1, to_disk(_tokens_of(part)), sync=False)
     if number == 0:
         raise InputError("The corpus has no sequence of tokens: give more text, or a smaller --context.")
     return number
@@ -322,19 +327,19 @@ def _parts_of(sequences: Iterable[TokenSequence], rows_per_shard: int) -> Iterat
         yield part
 
 
-def _columns(part: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    columns = {
-        "ids": np.concatenate([sequence.ids for sequence in part]),
-        "docs": np.concatenate([sequence.docs for sequence in part]),
-    }
+def _tokens_of(part: Sequence[TokenSequence]) -> Tokens:
     lengths = [len(sequence.ids) for sequence in part]
     starts = np.cumsum(lengths) - lengths
-    columns["positions"] = np.arange(sum(lengths), dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
-    if part[0].roles is not None:
-        columns["roles"] = np.concatenate([sequence.roles for sequence in part if sequence.roles is not None])
-    if part[0].labels is not None:
-        columns["labels"] = np.concatenate([sequence.labels for sequence in part if sequence.labels is not None])
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
+    positions = np.arange(sum(lengths), dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+    roles = [sequence.roles for sequence in part if sequence.roles is not None]
+    labels = [sequence.labels for sequence in part if sequence.labels is not None]
+    return Tokens(
+        ids=torch.from_numpy(np.concatenate([sequence.ids for sequence in part])),
+        docs=torch.from_numpy(np.concatenate([sequence.docs for sequence in part])),
+        positions=torch.from_numpy(positions),
+        roles=torch.from_numpy(np.concatenate(roles)) if roles else None,
+        labels=torch.from_numpy(np.concatenate(labels)) if labels else None,
+    )
 
 
 def begin(stack: ExitStack, folder: Path, hooks: Sequence[str], ranks: Ranks) -> dict[str, Shards]:
@@ -350,13 +355,12 @@ def begin(stack: ExitStack, folder: Path, hooks: Sequence[str], ranks: Ranks) ->
     return caches
 
 
-def _groups(tokens: Shards, rows_per_shard: int, bytes_of: Mapping[str, int], memory: int) -> list[list[str]]:
+def _groups(rows_per_shard: int, bytes_of: Mapping[str, int], memory: int) -> list[list[str]]:
     """Hooks that are captured together: as many as `memory` holds."""
-    rows = tokens.entry(0)["rows"] if tokens.has(0) else rows_per_shard
     groups: list[list[str]] = []
     room = 0
     for hook, size in bytes_of.items():
-        need = SETS * rows * size
+        need = SETS * rows_per_shard * size
         if groups and need <= room:
             groups[-1].append(hook)
             room -= need

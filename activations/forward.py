@@ -14,13 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from activations.cache import GRADIENT_SUFFIX
 from activations.model import Model
 from activations.splice import follow, read
 
 ROWS_PER_BATCH = {"cpu": 4_096, "cuda": 65_536}
-GRADIENT_SUFFIX = " gradient"
-"""Behind a hook's name: the gradient there, among the columns of `rows_with_gradients`."""
-
 OnRows = Callable[[int], None]
 
 

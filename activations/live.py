@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from activations.cache import OPENING_SHARDS, SINK_FACTOR, SINK_SEQUENCES, Activations, GivenUp, Tokens
+from activations.cache import OPENING_SHARDS, SINK_FACTOR, SINK_SEQUENCES, Activations, GivenUp
 from activations.errors import InputError
 from activations.forward import rows_at
 from activations.hooks import resolve
@@ -19,6 +19,7 @@ from activations.model import Model
 from activations.moments import Moments, merge, moments
 from activations.run import Run
 from activations.shards import Shards
+from activations.tokens import Tokens, from_disk
 
 
 class LiveActivations(Activations):
@@ -85,7 +86,7 @@ class LiveActivations(Activations):
         return (self.tokens(i).positions > 0) & (self.rows(i).float().norm(dim=1) <= self.sink_threshold)
 
     def tokens(self, i: int) -> Tokens:
-        return Tokens(**self._tokens.load(i))
+        return from_disk(self._tokens.load(i))
 
     def _compute(self, i: int) -> Tensor:
         tokens = self.tokens(i)

@@ -20,6 +20,7 @@ from activations.ranks import Ranks
 from activations.run import Run
 from activations.shards import Shards
 from activations.splice import read
+from activations.tokens import Tokens, to_disk
 from activations.writer import SETS
 
 VECTORS = "vectors"
@@ -126,7 +127,7 @@ def _parts_of_module(
             return
         whole = {name: torch.cat([columns[name] for _, columns in done]) for name in done[0][1]}
         if tokens.lacks(number):
-            tokens.write(number, whole, batches=len(done), examples=example - start)
+            tokens.write(number, to_disk(Tokens(**whole)), batches=len(done), examples=example - start)
         joined = {hook: torch.cat([rows[hook] for rows, _ in done]) for hook in hooks}
         yield Part(number, whole["positions"], _given(joined))
 
@@ -164,7 +165,7 @@ def _run_batch(
     columns = {
         "ids": ids if ids.shape == (n, time) else torch.zeros(n, time),
         "docs": torch.arange(example, example + n)[:, None].expand(-1, time),
-        "positions": torch.arange(time).expand(n, -1),
+        "positions": keep.view(n, time).cumsum(dim=1) - 1,
     }
     kept = keep.to(device)
     return (
@@ -190,7 +191,7 @@ def _parts_of_vectors(
             docs = numbers[at : at + rows_per_shard].int()
             nothing = torch.zeros_like(docs)
             if tokens.lacks(number):
-                tokens.write(number, {"ids": nothing, "docs": docs, "positions": nothing.clone()})
+                tokens.write(number, to_disk(Tokens(ids=nothing, docs=docs, positions=nothing)))
             yield Part(number, nothing, _slice_of(vectors, at, len(docs), width, dtype))
             number += 1
     if number == 0:

@@ -7,7 +7,6 @@ killed, writers need not know of each other, and a reader can follow while other
 
 import errno
 import hashlib
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,8 +165,10 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """Mapped and hashed in one call: read in pieces, each would take the interpreter's lock from the forward pass."""
-    if path.stat().st_size == 0:  # as a power cut may leave it; there is nothing to map
-        return hashlib.sha256().hexdigest()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+    """In large pieces: between two of them the interpreter's lock is taken from the forward pass."""
+    digest = hashlib.sha256()
+    piece = bytearray(4 << 20)
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(piece):
+            digest.update(memoryview(piece)[:n])
+    return digest.hexdigest()

@@ -9,10 +9,10 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from activations.cache import Tokens
 from activations.capture import Part, write_rows
 from activations.run import Run
 from activations.shards import Shards
+from activations.tokens import Tokens, to_disk
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -44,7 +44,7 @@ def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool
     folder = run.path / "activations"
     tokens, parts = Shards(folder / "tokens"), []
     for i, (columns, rows) in enumerate(shards):
-        tokens.write(i, {name: x for name, x in columns._asdict().items() if x is not None})
+        tokens.write(i, to_disk(columns))
         parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {HOOK: rows}))
     tokens.finish(len(shards))
     first = shards[0][1]

@@ -16,6 +16,7 @@ from activations.model import Model
 from activations.moments import merge, moments
 from activations.run import Run
 from activations.shards import Shards
+from activations.shuffle import Shuffled
 from activations.splice import read
 from activations.writer import to_float8
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -131,12 +132,17 @@ def test_gradients_are_the_slope_of_the_sequences_own_loss(tiny, tmp_path):
 
     slope = (loss(1.0) - loss(-1.0)) / 2
     tiny.hf.float()
-    assert float(cache.gradients(0)[row].double() @ push) == pytest.approx(slope, rel=1e-3)
+    gradients = cache.gradients()
+    assert float(gradients.rows(0)[row].double() @ push) == pytest.approx(slope, rel=1e-3)
+    n = int(training_mask(cache, 0).sum())
+    both, _ = next(Shuffled([cache, gradients], batch=n, seed=0).batches())  # aligned: the same rows of both
+    at = [int((cache.rows(0) == x).all(dim=1).nonzero()[0]) for x in both[HOOKS[0]]]
+    assert torch.equal(both[HOOKS[0] + " gradient"], gradients.rows(0)[at])
     plain = new_run(tmp_path / "plain")
     collect(plain, tiny, HOOKS[:1], given, dtype="float32")
     torch.testing.assert_close(all_rows(cache), all_rows(plain.activations(HOOKS[0])), atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="cached without gradients"):
-        plain.activations(HOOKS[0]).gradients(0)
+        plain.activations(HOOKS[0]).gradients()
 
 
 def test_statistics_are_those_of_the_ordinary_rows(tiny, tmp_path):
@@ -298,7 +304,7 @@ def test_wrong_input(tiny, tmp_path):
     with pytest.raises(InputError, match="begun with dtype 'bfloat16', not 'float32': use the same"):
         collect(run, tiny, HOOKS[:1], contexts(), dtype="float32")
     huge = new_run(tmp_path / "huge", n_tokens=10**15)
-    with pytest.raises(InputError, match=r"need 65000000.0 GB and .* free: lower --tokens"):
+    with pytest.raises(InputError, match=r"need 65000000.00 GB and .* free: lower --tokens"):
         collect(huge, tiny, HOOKS[:1], contexts())
 
 

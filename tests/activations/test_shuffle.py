@@ -164,7 +164,7 @@ def test_no_training_row_is_said(tmp_path):
 
     number = int(held_out(torch.arange(100, dtype=torch.int32)).nonzero()[0])
     tokens = Shards(run.path / "activations" / "tokens")
-    columns = tokens.load(0) | {"docs": torch.full((32,), number, dtype=torch.int32)}
+    columns = tokens.load(0) | {"doc_numbers": torch.tensor([number], dtype=torch.int32)}
     tokens.write(0, columns)  # as if all of the text were one held-out document
     with pytest.raises(InputError, match="no training row"):
         take(Shuffled(run.activations(HOOK), batch=4, seed=0), 1)

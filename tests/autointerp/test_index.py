@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations import InputError, Run, load_model
-from activations.cache import Tokens
 from activations.files import lock
+from activations.tokens import Tokens
 from app.cli.index import command
 from autointerp import index as module
 from autointerp.index import index, logit_lens, neighbours
