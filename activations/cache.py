@@ -272,7 +272,7 @@ class CachedActivations(Activations):
         while not arrived():
             if self.given_up.is_set():
                 raise GivenUp
-            if not is_locked(self._folder / ".locks" / f"{self.hook}.lock") and not arrived():
+            if not is_locked(self._folder / ".locks" / f"{self._shards.folder.name}.lock") and not arrived():
                 raise InputError(
                     f"The activations at {self.hook} are unfinished and nobody is capturing them: run "
                     f"`sae collect {self._folder.parent}` to go on."
@@ -296,5 +296,10 @@ def held_out_mask(activations: Activations, i: int) -> Bool[Tensor, " rows"]:
 
 
 def scale_of(moments: Moments) -> float:
-    """What rows are multiplied by for training: it brings their mean norm to sqrt(d)."""
+    """What rows are multiplied by for training: it brings their mean norm to sqrt(d).
+
+    Raises InputError when there is no row.
+    """
+    if not int(moments.n):
+        raise InputError("There is no ordinary row (of the chosen roles): collect more text, or choose other roles.")
     return math.sqrt(len(moments.mean)) / moments.mean_norm

@@ -90,7 +90,11 @@ class Shuffled:
         """(this rank's rows of a batch, cursor behind the batch) from `start` on, in the dtype of the cache."""
         pieces: list[Rows] = []
         missing = self.batch
+        seen = 0
         for epoch, window, rows, order in self._windows(start):
+            if epoch > start.epoch and seen == 0:
+                raise InputError(f"There is no training row at {self.sources[0].hook}: collect more text.")
+            seen += len(order)
             at = start.row if (epoch, window) == start[:2] else 0
             while at < len(order):
                 piece = order[at : at + missing]
@@ -159,8 +163,6 @@ class Shuffled:
             self._held = (shards, self._gather(shards))
         rows = self._held[1]
         n_rows = len(rows[self.sources[0].hook])
-        if n_rows == 0 and number == 0 and len(shards) < self._per_window:
-            raise InputError(f"There is no training row at {self.sources[0].hook}: collect more text.")
         order = torch.from_numpy(np.random.default_rng([self.seed, epoch, number, 1]).permutation(n_rows))
         return rows, order.to(self.device)
 

@@ -160,6 +160,8 @@ def train_run(
         hook = hooks[0]
     cache: Activations
     if live and hook not in run.hooks():
+        if roles:
+            raise InputError("Roles are chosen from a cache: run `sae collect` first, or leave out --role.")
         cache = LiveActivations(run, model_of(run, device=device), hook)
     else:
         cache = run.activations(hook, roles=roles, follow=live)

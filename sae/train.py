@@ -140,7 +140,6 @@ def train(
         if isinstance(source, CachedActivations):
             source.check()
         sae = REGISTRY[settings.architecture].sae(settings.config(source.d_in))
-        # In a stream the scale comes from the first shards, whether or not the others are there by now.
         batches = Shuffled(source, batch=settings.batch, seed=settings.seed, order=settings.order, device=where)
         scale = _scale(folder, source, settings)
         if _newest_checkpoint(folder) is None:
@@ -205,7 +204,7 @@ def _scale(folder: Path, source: Activations, settings: Training) -> float:
         return float(read_json(newest / "state.json")["scale"])
     if settings.order == "shuffled" and isinstance(source, CachedActivations):
         return scale_of(source.moments)
-    return scale_of(source.opening_moments)
+    return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

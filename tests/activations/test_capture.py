@@ -192,6 +192,11 @@ def test_roles_choose_the_tokens(tiny, tmp_path):
         assert torch.equal(cache.mask(i), (part.roles == 2) & (part.positions > 0))
     rows = torch.cat([cache.rows(i)[cache.mask(i)] for i in range(cache.n_shards)])
     torch.testing.assert_close(cache.mean, rows.mean(dim=0))
+    nobody = [Sequence(s.ids, s.docs, np.zeros(len(s.ids), np.int8)) for s in given]
+    silent = new_run(tmp_path / "silent")
+    collect(silent, tiny, HOOKS[:1], nobody, dtype="float32", categories={"roles": names})
+    with pytest.raises(InputError, match="no ordinary row .of the chosen roles"):
+        scale_of(silent.activations(HOOKS[0], roles=["assistant"]).moments)
     with pytest.raises(InputError, match="no role 'narrator': expected one of template, user, assistant"):
         run.activations(HOOKS[0], roles=["narrator"])
 

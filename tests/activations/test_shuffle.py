@@ -167,8 +167,11 @@ def test_no_training_row_is_said(tmp_path):
     tokens = Shards(run.path / "activations" / "tokens")
     columns = tokens.load(0) | {"doc_numbers": torch.tensor([number], dtype=torch.int32)}
     tokens.write(0, columns)  # as if all of the text were one held-out document
+    for budget in BUDGETS:
+        with pytest.raises(InputError, match="no training row"):
+            take(Shuffled(run.activations(HOOK), batch=4, seed=0, budget=budget), 1)
     with pytest.raises(InputError, match="no training row"):
-        take(Shuffled(run.activations(HOOK), batch=4, seed=0), 1)
+        take(Shuffled(run.activations(HOOK), batch=4, seed=0, budget=1), 1)  # a window of one shard, which is all
 
 
 def test_a_window_is_bounded_by_the_budget(cache):
