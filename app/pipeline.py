@@ -26,7 +26,8 @@ from data.store import open_store
 from data.store.schema import STORE_FILE
 from sae.evals.suite import EVAL, evaluate
 from sae.registry import REGISTRY
-from sae.train import Training, default_name, train
+from sae.settings import Training, default_name
+from sae.train import train
 
 DEFAULT_TEXT = Text()
 

@@ -171,9 +171,7 @@ def logit_lens(W_dec: Float[Tensor, "n d"], W_U: Float[Tensor, "d vocab"], ids: 
     )
 
 
-def neighbours(
-    unit: Float[Tensor, "d_sae d"], first: int, last: int, *, signed: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(unit: Float[Tensor, "d_sae d"], first: int, last: int, *, signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """(features, cosines) of the nearest rows to rows `first` to `last`, nearest first, each (last - first, n).
 
     unit: decoder rows of norm 1. signed: nearest by |cosine|, which keeps its sign.
@@ -248,9 +246,7 @@ def _lens_columns(
         }
 
 
-def _neighbour_columns(
-    W_dec: Tensor, pieces: list[tuple[int, int]], *, signed: bool
-) -> Iterator[dict[str, pa.Array]]:
+def _neighbour_columns(W_dec: Tensor, pieces: list[tuple[int, int]], *, signed: bool) -> Iterator[dict[str, pa.Array]]:
     """The neighbours of all rows in the same pieces, and the features' numbers."""
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     for first, last in pieces:

@@ -38,15 +38,25 @@ class ConfigError(ValueError):
     """A combination of sizes or settings that cannot be."""
 
 
-class State(NamedTuple):
-    """Where training stands, for losses and schedules."""
+class Dead(NamedTuple):
+    """Latents that have not fired for a while (the settings say how long)."""
 
-    step: int
-    n_steps: int
-    dead: Bool[Tensor, " d_sae"]
-    """Latents that have not fired for a while (the trainer says how long)."""
-    n_dead: int
-    """How many those are; counted now and then, so that no step waits for the device."""
+    latents: Int[Tensor, " m"]
+    """Their numbers; entries that are not `real` only fill the place up, so that its size seldom changes."""
+    real: Bool[Tensor, " m"]
+    n: Float[Tensor, ""]
+    """How many are real."""
+
+
+class State(NamedTuple):
+    """What of the training's progress losses depend on."""
+
+    dead: Dead | None = None
+    """None when no latent is dead; counted now and then, so that no step waits for the device."""
+    k: int | None = None
+    """Active latents a token in this step while k is annealed; None: the config's."""
+    penalty: Float[Tensor, ""] | float = 1.0
+    """What a sparsity penalty is multiplied by while it warms up."""
 
 
 class Loss(NamedTuple):
@@ -83,6 +93,8 @@ class SAE(nn.Module, abc.ABC):
     """True when latents may be negative."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
+    unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
+    """Parameters whose rows the optimiser keeps at norm 1."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -92,6 +104,8 @@ class SAE(nn.Module, abc.ABC):
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.low: dict[str, Tensor] = {}
+        """Copies of wide parameters in the precision of the products, while an optimiser keeps them current."""
         self.metadata: dict[str, Any] = {}
         self.statistics: Statistics | None = None
         self.folder: Path | None = None
@@ -144,17 +158,12 @@ class SAE(nn.Module, abc.ABC):
             self.W_enc.copy_(self.W_dec.T)
             self.b_dec.copy_(x.mean(dim=0))
 
-    def before_step(self) -> None:
-        """Between backward and the optimizer's step: take out the gradient that would only change a row's norm."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec.data).sum(dim=1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec.data, value=-1)
-
-    @torch.no_grad()
     def after_step(self, state: State) -> None:
-        """After the optimizer's step: decoder rows back to norm 1."""
-        del state
-        self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True))
+        """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""
+
+    def fast(self, name: str) -> Tensor:
+        """The parameter in the precision of the products, where such a copy is kept; else itself. No gradient."""
+        return self.low.get(name, getattr(self, name).detach())
 
     @torch.no_grad()
     def unscale(self, scale: float) -> None:

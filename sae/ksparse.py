@@ -51,13 +51,13 @@ def loss(
     """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen."""
     with torch.no_grad():
         pre = pre_activations(sae, x)
-        chosen, indices = select(pre, k)
+        chosen, indices = select(pre, state.k or k)
     with torch.autocast(x.device.type, enabled=False):
         values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.b_dec)
         error = target - sparse.decode(values, indices, sae.W_dec) - sae.b_dec
         main = fvu(error, target)
         aux = error.new_zeros(())
-        if auxk_weight and state.n_dead:
-            aux = auxk(sae, error, pre, x, state, select)
+        if auxk_weight and state.dead is not None:
+            aux = auxk(sae, error, pre, x, state.dead, select)
     terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": (chosen != 0).sum(dim=1).float().mean()}
     return Loss(main + auxk_weight * aux, terms, sparse.fired(chosen, indices, sae.d_sae))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae import sparse
-from sae.base import SAE, State
+from sae.base import SAE, Dead
 
 Selection = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -23,7 +23,7 @@ def auxk(
     error: Float[Tensor, "n d"],
     pre: Float[Tensor, "n d_sae"],
     x: Float[Tensor, "n d"],
-    state: State,
+    dead: Dead,
     select: Selection,
 ) -> Float[Tensor, ""]:
     """AuxK: dead latents learn to reconstruct what the living ones left over, `error` (target - x_hat, no gradient).
@@ -35,9 +35,10 @@ def auxk(
     """
     left_over = error.detach()
     n_places = 1 << round(math.log2(max(sae.d_in / 2, 1)))
-    k = min(n_places, state.n_dead)
-    chosen, indices = select(pre.masked_fill(~state.dead, 0.0), k)
+    k = min(n_places, len(dead.latents))
+    mask = torch.ones(sae.d_sae, dtype=torch.bool, device=pre.device).index_fill(0, dead.latents[dead.real], False)
+    chosen, indices = select(pre.masked_fill(mask, 0.0), k)
     values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.b_dec)
     missed = (left_over - sparse.decode(values, indices, sae.W_dec)).square().sum()
     variance = (left_over - left_over.mean(dim=0)).square().sum()
-    return torch.nan_to_num(missed / variance, nan=0.0, posinf=0.0) * (k / n_places)
+    return torch.nan_to_num(missed / variance, nan=0.0, posinf=0.0) * (dead.n / n_places).clamp(max=1.0)

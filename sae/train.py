@@ -1,6 +1,6 @@
-"""Training: cached activations in, a dictionary out. `train` is the loop, told in order; start reading there.
+"""Training: cached activations in, dictionaries out. `train_together` is the loop, told in order; start reading there.
 
-Exact resume: all state is in the checkpoint (weights, optimiser, counters, the number of steps and a cursor into the
+Exact resume: all state is in the checkpoints (weights, optimiser, counters, the number of steps and a cursor into the
 order of the rows); batches and schedules are functions of the seed and those. On a CPU a killed and resumed run ends in
 the same bytes.
 """
@@ -8,105 +8,34 @@ the same bytes.
 import dataclasses
 import json
 import math
-import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
-from activations.files import lock, read_json, write_aside, write_json
+from activations.files import lock, read_json, write_json
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
-from activations.shuffle import START, Cursor, Shuffled
-from sae.base import SAE, Config, ConfigError, State
+from activations.shuffle import START, Shuffled
+from sae import checkpoint
+from sae.checkpoint import Place
 from sae.files import CFG, save_sae
+from sae.monitor import Monitor, progress
 from sae.registry import REGISTRY
+from sae.settings import Training, default_name
 from sae.statistics import latent_statistics
+from sae.stepper import Stepper
 
 LOG_EVERY = 20
 """Steps between log lines and counts of dead latents: the only times at which the host waits for the device."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """All settings of one training run; saved as train.json."""
-
-    architecture: str
-    hook: str
-    sizes: dict[str, Any]
-    """Fields of the architecture's config but d_in."""
-    n_tokens: int
-    """Rows visited; more than the cache holds means several epochs."""
-    batch: int = 2048
-    """Rows in a step."""
-    seed: int = 0
-    order: str = "shuffled"
-    """Of the rows: "shuffled" over a complete cache, or "stream", as they come (`activations.shuffle`)."""
-    roles: tuple[str, ...] = ()
-    """Of a chat: train on the tokens of these alone; () for all."""
-    lr: float | None = None
-    """Peak learning rate; None takes the registry's for the architecture and width."""
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises."""
-    decay: float = 0.2
-    """Share of the steps over which it falls to 0 at the end."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    matmul: str | None = None
-    """Precision of the encoder's product: "float32" or "bfloat16"; None takes the faster of this machine."""
-
-    def __post_init__(self) -> None:
-        if self.architecture not in REGISTRY:
-            raise InputError(f"Architecture {self.architecture!r} is unknown: expected one of {', '.join(REGISTRY)}.")
-        if self.batch < 1 or self.n_tokens < self.batch:
-            raise InputError(f"{self.n_tokens} tokens make no batch of {self.batch}: raise --tokens or lower --batch.")
-
-    @property
-    def n_steps(self) -> int:
-        return self.n_tokens // self.batch
-
-    @property
-    def dead_steps(self) -> int:
-        """A latent that has not fired in so many steps is dead: min(10 M tokens, a tenth of the run)."""
-        return max(min(10_000_000, self.n_tokens // 10) // self.batch, 1)
-
-    def config(self, d_in: int) -> Config:
-        """The architecture's config. Raises InputError for sizes that cannot be."""
-        try:
-            return REGISTRY[self.architecture].config(d_in=d_in, **self.sizes)
-        except (TypeError, ConfigError) as error:
-            raise InputError(f"{self.architecture}: {error}") from None
-
-    def lr_at(self, step: int, d_sae: int) -> float:
-        peak = self.lr or REGISTRY[self.architecture].lr * math.sqrt(4608 / d_sae)
-        rise = (step + 1) / max(self.warmup * self.n_steps, 1)
-        fall = (self.n_steps - step) / max(self.decay * self.n_steps, 1)
-        return peak * min(1.0, rise, fall)
-
-
-class Place(NamedTuple):
-    """Where a training is, beside its weights."""
-
-    step: int
-    """Steps done."""
-    cursor: Cursor
-    """The next row."""
-    scale: float
-    """What rows are multiplied by; of a stream, its first rows are needed to find it."""
-
-
-def default_name(settings: Training) -> str:
-    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none."""
-    sparsity = settings.sizes[REGISTRY[settings.architecture].sparsity]
-    return f"{settings.hook}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"
+SHARED = ("n_tokens", "batch", "order", "roles")
+"""Settings that dictionaries trained together have in common."""
 
 
 def train(
@@ -119,121 +48,152 @@ def train(
     keep: int = 2,
     source: Activations | None = None,
 ) -> Path:
-    """Train one dictionary on the run's activations; returns its folder. Goes on from the last checkpoint.
+    """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
-    name: the dictionary's ID, by default `default_name`. checkpoint_seconds: time between checkpoints; the last `keep`
-    stay. source: where the rows come from, in the order "stream": the model itself (`LiveActivations`), or a cache that
-    is still growing; None takes the run's complete cache.
-    Raises InputError when activations are missing or damaged, sizes cannot be, the folder holds a dictionary that was
-    trained with other settings, or the loss is no longer finite.
+    name: the dictionary's ID, by default `default_name`. source: where the rows come from, in the order "stream": the
+    model itself (`LiveActivations`), or a cache that is still growing; None takes the run's complete cache.
     """
-    source = source or run.activations(settings.hook, roles=settings.roles)
+    together = {name or default_name(settings): settings}
+    sources = None if source is None else {settings.hook: source}
+    return train_together(
+        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources
+    )[0]
+
+
+def train_together(
+    run: Run,
+    wanted: Mapping[str, Training],
+    *,
+    device: str = "auto",
+    checkpoint_seconds: float = 60.0,
+    keep: int = 2,
+    sources: Mapping[str, Activations] | None = None,
+) -> list[Path]:
+    """Train dictionaries (ID: settings) in one pass over the activations; returns their folders.
+
+    Each goes on from the last checkpoint that all of them have; those that are finished are passed over.
+    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says.
+    Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
+    trained with other settings, they cannot be trained together, or a loss is no longer finite.
+    """
     where = pick_device(device)
-    folder = run.dictionary(name or default_name(settings))
-    matmul = getattr(torch, settings.matmul) if settings.matmul else fast_dtype(where)
-    settings = dataclasses.replace(settings, matmul=str(matmul).removeprefix("torch."))
-
+    folders = {name: run.dictionary(name) for name in wanted}
     with ExitStack() as stack:
-        stack.enter_context(lock(folder / ".train.lock"))
-        if _is_finished(folder, settings):
-            return folder
-        if isinstance(source, CachedActivations):
-            source.check()
-        sae = REGISTRY[settings.architecture].sae(settings.config(source.d_in))
-        batches = Shuffled(source, batch=settings.batch, seed=settings.seed, order=settings.order, device=where)
-        scale = _scale(folder, source, settings)
-        if _newest_checkpoint(folder) is None:
-            sae.initialise(_first_rows(batches, source.hook) * scale, settings.seed)
-        sae.to(where)
-        betas = REGISTRY[settings.architecture].betas
-        adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=betas, fused=True)
-        last_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=where)
-        start, cursor = _load_checkpoint(folder, sae, adam, last_fired)
-        log = stack.enter_context(_open_log(folder / "train.jsonl", start))
-        bar = stack.enter_context(
-            tqdm(
-                total=settings.n_tokens,
-                initial=start * settings.batch,
-                unit="token",
-                unit_scale=True,
-                desc="train",
-                disable=None,
-            )
-        )
-        state, saved = State(start, settings.n_steps, *_dead(last_fired, start, settings)), time.monotonic()
+        for folder in folders.values():
+            stack.enter_context(lock(folder / ".train.lock"))
+        plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
+        plans = {name: plan for name, plan in plans.items() if not _is_finished(folders[name], plan)}
+        if not plans:
+            return list(folders.values())
+        common = _common(plans)
+        hooks = list(dict.fromkeys(plan.hook for plan in plans.values()))
+        rows_at = {hook: (sources or {}).get(hook) or run.activations(hook, roles=common.roles) for hook in hooks}
+        for source in rows_at.values():
+            if isinstance(source, CachedActivations):
+                source.check()
+        seed = common.seed if common.order_seed is None else common.order_seed
+        batches = Shuffled(list(rows_at.values()), batch=common.batch, seed=seed, order=common.order, device=where)
 
+        start = _newest_common([folders[name] for name in plans])
+        places = {name: checkpoint.read_place(folders[name], start) for name in plans} if start else {}
+        first = {} if start else _first_rows(batches)
+        steppers: dict[str, Stepper] = {}
+        for name, plan in plans.items():
+            source = rows_at[plan.hook]
+            scale = places[name].scale if start else _scale(source, plan.order)
+            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in))
+            if not start:
+                sae.initialise(first[plan.hook] * scale, plan.seed)
+            steppers[name] = stepper = Stepper(sae.to(where), plan, scale)
+            if start:
+                checkpoint.restore(folders[name], start, stepper.tensors)
+            stepper.restored(start)
+        cursor = next(iter(places.values())).cursor if start else START
+
+        logs = {name: stack.enter_context(closing(Monitor(folders[name], start))) for name in plans}
+        bar = stack.enter_context(progress(common.n_tokens, start * common.batch))
+        saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
-        for step, (rows, cursor) in zip(range(start, settings.n_steps), feed, strict=False):
-            state = state._replace(step=step)
-            x = rows[source.hook].float() * scale
-            with torch.autocast(where.type, dtype=matmul, enabled=matmul != torch.float32):
-                loss = sae.loss(x, x, state)
-            loss.total.backward()
-            sae.before_step()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
-            adam.param_groups[0]["lr"] = settings.lr_at(step, sae.d_sae)
-            adam.step()
-            adam.zero_grad()
-            sae.after_step(state)
-            last_fired.masked_fill_(loss.fired, step + 1)
-            bar.update(settings.batch)
+        for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
+            for stepper in steppers.values():
+                stepper.step(rows[stepper.settings.hook])
+                if stepper.settings.resamples_at(step - 1):
+                    stepper.resample(rows[stepper.settings.hook])
+            bar.update(common.batch)
 
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == settings.n_steps:
-                dead, n_dead = _dead(last_fired, step + 1, settings)
-                state = state._replace(dead=dead, n_dead=n_dead)
-                figures = {key: round(float(value), 6) for key, value in loss.terms.items()}
-                _check_finite(figures, step, folder)
-                log.write(json.dumps({"step": step + 1, **figures, "n_dead": state.n_dead}) + "\n")
-                bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=state.n_dead)
+            if step % LOG_EVERY == 0 or step == common.n_steps:
+                for name, stepper in steppers.items():
+                    stepper.recount()
+                    figures = stepper.figures()
+                    _check_finite(figures, step, folders[name])
+                    logs[name].line(step, step * common.batch, figures)
+                bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=int(figures["n_dead"]))
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
                 if time.monotonic() - saved > checkpoint_seconds:
-                    log.flush()
-                    _save_checkpoint(folder, sae, adam, last_fired, Place(step + 1, cursor, scale), keep)
+                    for name, stepper in steppers.items():
+                        place = Place(step, cursor, stepper.scale)
+                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), keep)
                     saved = time.monotonic()
 
-        sae.unscale(scale)
-        sae.metadata = _metadata(run, settings)
-        sae.statistics = latent_statistics(sae, source)
-        save_sae(sae, folder)
-    return folder
+        for name, stepper in steppers.items():
+            sae = stepper.finish()
+            sae.metadata = _metadata(run, stepper.settings)
+            sae.statistics = latent_statistics(sae, rows_at[stepper.settings.hook])
+            save_sae(sae, folders[name])
+    return list(folders.values())
 
 
-def _scale(folder: Path, source: Activations, settings: Training) -> float:
-    """What rows are multiplied by: of a stream that is being resumed, what it began with (its rows cost a pass)."""
-    if (newest := _newest_checkpoint(folder)) is not None:
-        return float(read_json(newest / "state.json")["scale"])
-    if settings.order == "shuffled" and isinstance(source, CachedActivations):
+def _with_matmul(settings: Training, where: torch.device) -> Training:
+    matmul = settings.matmul or str(fast_dtype(where)).removeprefix("torch.")
+    return dataclasses.replace(settings, matmul=matmul)
+
+
+def _common(plans: Mapping[str, Training]) -> Training:
+    """The first of the plans, once all are seen to agree on what they share. Raises InputError."""
+    first, *others = plans.values()
+    for other in others:
+        for key in SHARED:
+            if getattr(other, key) != getattr(first, key):
+                raise InputError(
+                    f"Dictionaries trained together share {key}: {getattr(first, key)!r} and {getattr(other, key)!r}."
+                )
+    return first
+
+
+def _newest_common(folders: list[Path]) -> int:
+    """The last step that all have a checkpoint of; 0 when there is none."""
+    return max(set.intersection(*(set(checkpoint.steps_of(folder)) for folder in folders)), default=0)
+
+
+def _scale(source: Activations, order: str) -> float:
+    """What rows are multiplied by, so that their mean norm is sqrt(d_in)."""
+    if order == "shuffled" and isinstance(source, CachedActivations):
         return scale_of(source.moments)
     return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    return max((folder / "checkpoints").glob("step-*"), default=None)
-
-
-def _first_rows(batches: Shuffled, hook: str) -> Tensor:
-    """At least 4,096 training rows to initialise from, in float32, on the CPU."""
-    parts: list[Tensor] = []
+def _first_rows(batches: Shuffled) -> dict[str, Tensor]:
+    """At least 4,096 training rows of each hook to initialise from, in float32, on the CPU."""
+    parts: list[dict[str, Tensor]] = []
     for rows, _ in batches.batches():
-        parts.append(rows[hook].float().cpu())
-        if sum(len(part) for part in parts) >= 4096:
+        parts.append({hook: part.float().cpu() for hook, part in rows.items()})
+        if sum(len(next(iter(part.values()))) for part in parts) >= 4096:
             break
-    return torch.cat(parts)
+    return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
 
 
-def _dead(last_fired: Tensor, step: int, settings: Training) -> tuple[Tensor, int]:
-    dead = last_fired < step - settings.dead_steps
-    return dead, int(dead.sum())
+def _facts(settings: Training) -> dict[str, Any]:
+    return {**dataclasses.asdict(settings), "versions": versions(), "threads": torch.get_num_threads()}
 
 
 def _is_finished(folder: Path, settings: Training) -> bool:
     """Compare with what the folder was begun with, or begin it. True when the dictionary is there already."""
     path = folder / "train.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it reads back: tuples are lists
     if not path.exists():
-        write_json(path, {**wanted, "versions": versions(), "threads": torch.get_num_threads()})
+        write_json(path, _facts(settings))
         return False
     begun = read_json(path)
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it reads back: tuples are lists
     for key, value in wanted.items():
         if begun.get(key, getattr(Training, key, None)) != value:
             raise InputError(
@@ -256,52 +216,9 @@ def _metadata(run: Run, settings: Training) -> dict[str, Any]:
 
 
 def _check_finite(figures: dict[str, float], step: int, folder: Path) -> None:
-    if not all(math.isfinite(value) for value in figures.values()):
-        last = _newest_checkpoint(folder)
-        raise InputError(
-            f"The loss is not finite at step {step + 1} ({figures}): lower --lr. Last good checkpoint: {last}."
-        )
-
-
-def _open_log(path: Path, start: int) -> Any:
-    """train.jsonl, cut back to the lines up to the step that training starts from."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    with write_aside(path) as aside:
-        aside.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
-
-
-def _save_checkpoint(
-    folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor, place: Place, keep: int
-) -> None:
-    tensors = {f"sae.{name}": tensor for name, tensor in sae.state_dict().items()}
-    for name, parameter in sae.named_parameters():
-        tensors |= {f"adam.{name}.{key}": value for key, value in adam.state[parameter].items()}
-    tensors["last_fired"] = last_fired
-    checkpoints = folder / "checkpoints"
-    with write_aside(checkpoints / f"step-{place.step:09d}") as aside:
-        aside.mkdir()
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / "state.safetensors"
-        )
-        write_json(aside / "state.json", place._asdict())
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def _load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, last_fired: Tensor) -> tuple[int, Cursor]:
-    """Restore the newest checkpoint; returns the number of steps done and the place of the next row."""
-    newest = _newest_checkpoint(folder)
-    if newest is None:
-        return 0, START
-    tensors = load_file(newest / "state.safetensors")
-    sae.load_state_dict({name: tensors[f"sae.{name}"] for name in sae.state_dict()})
-    last_fired.copy_(tensors["last_fired"])
-    for name, parameter in sae.named_parameters():
-        saved = {key: tensors[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        # empty_like keeps the parameter's memory layout, which decides the order of sums
-        adam.state[parameter] = {
-            key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in saved.items()
-        }
-    state = read_json(newest / "state.json")
-    return int(state["step"]), Cursor(*state["cursor"])
+    if all(math.isfinite(value) for value in figures.values()):
+        return
+    kept = checkpoint.steps_of(folder)
+    last = f"Last good checkpoint: {checkpoint.path_of(folder, kept[-1])}" if kept else "There is no checkpoint yet"
+    wrong = ", ".join(f"{key}={value:g}" for key, value in figures.items() if not math.isfinite(value))
+    raise InputError(f"Training is not finite at step {step} ({wrong}): lower --lr. {last}.")

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 TRAIN = """
 import sys
 from activations.run import Run
-from sae.train import Training, train
+from sae.settings import Training
+from sae.train import train
 settings = Training(architecture="topk", hook="blocks.0.hook_resid_post", sizes={"d_sae": 256, "k": 4},
                     n_tokens=400_000, batch=64)
 train(Run.open(sys.argv[1]), settings, name=sys.argv[2], checkpoint_seconds=0.05)

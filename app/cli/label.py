@@ -58,7 +58,9 @@ def feature_numbers(ctx: click.Context, param: click.Parameter, value: str | Non
     help="Who explains: a language model, or a search over simple rules that costs nothing.",
 )
 @click.option("--local", is_flag=True, help="Ask a model on this machine: the embedded one, or the GGUF file in --llm.")
-@click.option("--base-url", metavar="URL", help="Ask a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1.")
+@click.option(
+    "--base-url", metavar="URL", help="Ask a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1."
+)
 @click.option("--llm", metavar="NAME", help="The model's name at the server.")
 @click.option("--concurrency", type=COUNT, default=4, show_default=True, help="Requests under way at once.")
 @click.option("--budget", type=COUNT, metavar="TOKENS", help="Stop before more tokens than this are read and written.")

@@ -63,9 +63,7 @@ class WindowSample:
         return self._hit[rule]
 
 
-def explain(
-    windows: Sequence[ActiveWindow], sample: WindowSample, off: Bool[np.ndarray, " n"]
-) -> LexicalExplanation:
+def explain(windows: Sequence[ActiveWindow], sample: WindowSample, off: Bool[np.ndarray, " n"]) -> LexicalExplanation:
     """The best rule for one pole of a feature.
 
     windows: where it fires, explain split. sample: random windows of the same split; off: where in it the feature is

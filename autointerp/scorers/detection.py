@@ -76,9 +76,7 @@ def _answered(judgement: Judgement, held_out: HeldOut) -> np.ndarray | None:
     return answered if both and 2 * answered.sum() >= len(answered) else None
 
 
-async def judge(
-    client: ChatClient, store: Store, explanation: str, held_out: HeldOut, batch: int = 1
-) -> Judgement:
+async def judge(client: ChatClient, store: Store, explanation: str, held_out: HeldOut, batch: int = 1) -> Judgement:
     """Ask about all windows. A request that fails leaves its windows unanswered; raises what stops every request."""
     prompt = load_prompt("detect")
     starts = range(0, len(held_out.token_ids), batch)

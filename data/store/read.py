@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 _SORTS = {"feature": "feature", "density": "density", "max": '"max"', "score": "score"}
 
 _EXPLANATION = "id, feature, pole, text, source, explainer, model, prompt_version, created"
-_SCORE = (
-    "explanation_id, feature, scorer, value, lo, hi, n, chance, control, failures, cost_tokens, created, model"
-)
+_SCORE = "explanation_id, feature, scorer, value, lo, hi, n, chance, control, failures, cost_tokens, created, model"
 _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"

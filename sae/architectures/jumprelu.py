@@ -63,14 +63,13 @@ class JumpReLUSAE(SAE):
             return to_sparse(pre * (pre > self.threshold))
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
-        del state
         pre = pre_activations(self, x).float()
         z, on = _Jump.apply(pre, self.threshold, self.cfg.bandwidth)
         error = target - (z @ self.W_dec).float() - self.b_dec
         main, l0 = fvu(error, target), on.sum(dim=1).mean()
         self.last_l0.copy_(l0.detach())
         terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.coefficient.clone()}
-        return Loss(main + self.coefficient * l0 / self.cfg.target_l0, terms, (on > 0).any(dim=0))
+        return Loss(main + state.penalty * self.coefficient * l0 / self.cfg.target_l0, terms, (on > 0).any(dim=0))
 
     def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
         super().initialise(x, seed)
@@ -81,7 +80,7 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
-        super().after_step(state)
+        del state
         self.threshold.data.clamp_(min=0.0)
         too_many = (self.last_l0 / self.cfg.target_l0).log().clamp(-1.0, 1.0)
         self.coefficient.mul_(torch.exp(0.01 * too_many)).clamp_(1e-6, 1e2)

@@ -12,7 +12,8 @@ from activations.modules import VECTORS, collect_module, collect_vectors
 from activations.run import Run
 from activations.shards import Shards
 from activations.splice import read
-from sae.train import Training, train
+from sae.settings import Training
+from sae.train import train
 
 
 @pytest.fixture

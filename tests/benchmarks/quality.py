@@ -26,7 +26,8 @@ from activations.run import Run
 from activations.shuffle import Shuffled
 from sae.files import load_sae
 from sae.registry import REGISTRY
-from sae.train import Training, train
+from sae.settings import Training
+from sae.train import train
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # scaled x -> scaled x_hat, latents
 

@@ -8,8 +8,9 @@ from sae import load_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE, _Jump
 from sae.architectures.topk import TopKConfig, TopKSAE
-from sae.base import SAE, State
-from sae.train import Training, train
+from sae.base import SAE, Dead, State
+from sae.settings import Training
+from sae.train import train
 from tests.tiny import HOOK, planted_rows, planted_run
 
 # Two inputs, three latents: e1, e2 and their opposite direction -e1.
@@ -80,10 +81,12 @@ def test_auxk_reaches_the_encoder_rows_of_dead_latents():
     sae.b_enc.data[dead] = -1.0  # low enough never to be chosen, high enough to be above 0 now and then
     pre = (rows - sae.b_dec) @ sae.W_enc + sae.b_enc
     assert not torch.isin(pre.topk(4).indices, dead.nonzero()).all()
-    sae.loss(rows, rows, State(0, 10, torch.zeros(32, dtype=torch.bool), 0)).total.backward()
+    sae.loss(rows, rows, State()).total.backward()
     quiet = sae.W_enc.grad.T[dead].norm(dim=1)
     sae.zero_grad()
-    sae.loss(rows, rows, State(0, 10, dead, 8)).total.backward()
+    sae.loss(
+        rows, rows, State(dead=Dead(dead.nonzero().squeeze(1), torch.ones(8, dtype=torch.bool), torch.tensor(8.0)))
+    ).total.backward()
     assert (sae.W_enc.grad.T[dead].norm(dim=1) > quiet + 1e-6).any()
 
 

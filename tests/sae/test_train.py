@@ -7,8 +7,9 @@ import torch
 
 import sae.train
 from activations.errors import InputError
-from sae import load_sae
-from sae.train import Training, train
+from sae import checkpoint, load_sae
+from sae.settings import Training
+from sae.train import train
 from tests.tiny import HOOK, planted_rows, planted_run
 
 
@@ -31,19 +32,19 @@ def settings(**changes) -> Training:
 def test_killed_and_resumed_it_ends_in_the_same_bytes(run, monkeypatch, architecture, sizes):
     wanted = settings(architecture=architecture, sizes=sizes)
     whole = train(run, wanted, name="whole")
-    save = sae.train._save_checkpoint
+    save = checkpoint.save
     kills = []
 
     def save_and_die(*args):
         save(*args)
-        kills.append(args[4].step)
+        kills.append(args[2].step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sae.train, "_save_checkpoint", save_and_die)
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             train(run, wanted, name="broken", checkpoint_seconds=0.0)
-    monkeypatch.setattr(sae.train, "_save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     broken = train(run, wanted, name="broken")
     assert kills == [20, 40, 60, 80]
     assert any(json.loads(line)["n_dead"] for line in (whole / "train.jsonl").read_text().splitlines()) or (

@@ -1,0 +1,125 @@
+"""Adam with what training a dictionary needs around it: clipping, and decoder rows that stay on the unit sphere.
+
+On a GPU one kernel does all of it for the wide matrices and reads and writes each number once (`sae.kernels.adam`);
+elsewhere the same is said in plain PyTorch, which is what the kernel is compared with.
+"""
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.base import SAE
+
+WIDE = ("W_enc", "W_dec")
+"""The parameters with a row a latent; `rows_of` gives them in that form."""
+
+
+class Optimizer:
+    """Adam over the parameters of `sae`. betas as torch's; clip: the largest norm of the whole gradient.
+
+    matmul: when it is lower than float32 and there is a GPU, copies of the wide matrices in it are kept current in
+    `sae.low`, so that no step has to make them.
+    """
+
+    def __init__(self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype) -> None:
+        self.sae, self.betas, self.clip = sae, betas, clip
+        self.wide = WIDE if kernels.available(sae.W_dec) else ()
+        device = sae.W_dec.device
+        self.norm = torch.zeros((), device=device)
+        """Norm of the last gradient, before clipping."""
+        self._steps = torch.zeros((), device=device)
+        self._lr = torch.zeros((), device=device)
+        self._parameters = dict(sae.named_parameters())
+        self._mean = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self._square = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        narrow = {name: p for name, p in self._parameters.items() if name not in self.wide}
+        self._adam = torch.optim.Adam(
+            narrow.values(), lr=self._lr if self.wide else 0.0, betas=betas, fused=True, capturable=bool(self.wide)
+        )
+        for name, p in narrow.items():
+            self._adam.state[p] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": self._mean[name],
+                "exp_avg_sq": self._square[name],
+            }
+        if self.wide and matmul != torch.float32:
+            sae.low = {name: torch.empty_like(getattr(sae, name), dtype=matmul) for name in self.wide}
+            self.refresh()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, for a checkpoint; to restore it, copy into these."""
+        state = {f"adam.{name}.exp_avg": t for name, t in self._mean.items()}
+        state |= {f"adam.{name}.exp_avg_sq": t for name, t in self._square.items()}
+        state["adam.steps"] = self._steps
+        return state
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the state or the weights were changed from outside."""
+        for state in self._adam.state.values():
+            state["step"].copy_(self._steps)
+        for name, copy in self.sae.low.items():
+            copy.copy_(getattr(self.sae, name))
+
+    @torch.no_grad()
+    def forget(self, latents: Tensor) -> None:
+        """Set the moments of these latents to 0 (they were resampled)."""
+        for moments in (self._mean, self._square):
+            for name in WIDE:
+                rows_of(name, moments[name])[latents] = 0
+            moments["b_enc"][latents] = 0
+
+    def set_lr(self, lr: float) -> None:
+        self._lr.fill_(lr)
+        if not self.wide:
+            self._adam.param_groups[0]["lr"] = lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients, which are given up after it."""
+        unit = self.sae.unit_rows
+        self._steps += 1
+        squares = []
+        for name, p in self._parameters.items():
+            assert p.grad is not None, name
+            on_sphere = name in unit
+            if name in self.wide:
+                squares.append(kernels.squares(rows_of(name, p.grad), rows_of(name, p) if on_sphere else None))
+                continue
+            if on_sphere:
+                p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
+            squares.append(p.grad.square().sum())
+        self.norm.copy_(torch.stack(squares).sum().sqrt())
+        factor = (self.clip / self.norm).clamp(max=1.0)
+        self._adam.grad_scale = 1 / factor  # type: ignore[attr-defined]  # torch's fused Adam divides by it
+        self._adam.step()
+        if self.wide:
+            # in float64: 1 - 0.999 ** 1 has three digits left in float32
+            corrections = [1 - torch.pow(beta, self._steps.double()) for beta in self.betas]
+            hyper = torch.stack([self._lr.double(), *corrections, factor.double()]).float()
+            for name in self.wide:
+                kernels.adam_rows(
+                    *(rows_of(name, t) for t in self._moments(name)),
+                    rows_of(name, self.sae.low[name]) if name in self.sae.low else None,
+                    hyper,
+                    betas=self.betas,
+                    eps=1e-8,
+                    unit=name in unit,
+                )
+        for name in unit:
+            if name not in self.wide:
+                p = self._parameters[name]
+                p.div_(p.norm(dim=1, keepdim=True))
+        for p in self._parameters.values():
+            p.grad = None
+
+    def _moments(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p = self._parameters[name]
+        assert p.grad is not None
+        return p.detach(), p.grad, self._mean[name], self._square[name]
+
+
+def rows_of(name: str, tensor: Tensor) -> Tensor:
+    """A wide matrix with a row a latent: W_enc is laid out so in memory."""
+    return tensor.T if name == "W_enc" else tensor

@@ -1,0 +1,36 @@
+"""Resampling: dead latents start anew at inputs that the dictionary reconstructs badly.
+
+Each takes the direction of an input, drawn with probability proportional to its squared error; its encoder row is that
+direction at a fifth of the living rows' mean norm, its bias 0, its Adam moments 0.
+Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling".
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.base import SAE
+from sae.optimizer import Optimizer
+
+GAIN = 0.2
+
+
+@torch.no_grad()
+def resample(
+    sae: SAE, optimizer: Optimizer, dead: Int[Tensor, " m"], x: Float[Tensor, "n d_in"], generator: torch.Generator
+) -> None:
+    """Start the latents `dead` anew at rows of x (scaled, as in training). generator: on the CPU."""
+    if not len(dead):
+        return
+    errors = (x - sae.reconstruct(x)).square().sum(dim=1).square().double().cpu()
+    drawn = torch.multinomial(errors + 1e-12, len(dead), replacement=True, generator=generator)
+    rows = x[drawn.to(x.device)] - sae.b_dec
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=x.device)
+    alive[dead] = False
+    norms = sae.W_enc.norm(dim=0)
+    sae.W_dec[dead] = rows
+    sae.W_enc[:, dead] = (rows * GAIN * (norms * alive).sum() / alive.sum().clamp(min=1)).T
+    sae.b_enc[dead] = 0
+    optimizer.forget(dead)
+    optimizer.refresh()

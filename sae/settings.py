@@ -1,0 +1,124 @@
+"""All settings of one training run, and the schedules that follow from them: pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from activations.errors import InputError
+from sae.base import Config, ConfigError
+from sae.registry import REGISTRY
+
+MATMUL = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Saved as train.json. A share is of the run's steps."""
+
+    architecture: str
+    hook: str
+    sizes: dict[str, Any]
+    """Fields of the architecture's config but d_in."""
+    n_tokens: int
+    """Rows visited; more than the cache holds means several epochs."""
+    batch: int = 2048
+    """Rows in a step, of all GPUs together."""
+    seed: int = 0
+    """Of the weights at the start, and of the order of the rows unless `order_seed` is given."""
+    order: str = "shuffled"
+    """Of the rows: "shuffled" over a complete cache, or "stream", as they come (`activations.shuffle`)."""
+    order_seed: int | None = None
+    """Of the rows' order; dictionaries of one sweep share it, whatever their seeds."""
+    roles: tuple[str, ...] = ()
+    """Of a chat: train on the tokens of these alone; () for all."""
+    lr: float | None = None
+    """Peak learning rate; None takes the registry's for the architecture and width."""
+    warmup: float = 0.05
+    """Share over which the learning rate rises."""
+    decay: float = 0.2
+    """Share over which it falls to 0 at the end."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    k_from: int | None = None
+    """k-sparse dictionaries: k of the first step; it falls to k in a straight line over `k_anneal`."""
+    k_anneal: float = 0.1
+    """Share over which k falls from `k_from`."""
+    sparsity_warmup: float = 0.0
+    """Share over which a sparsity penalty rises from 0."""
+    ema: float = 0.0
+    """The dictionary saved is a running mean of the weights that keeps so much of itself each step; 0: the last."""
+    dead_tokens: int | None = None
+    """A latent that has not fired in so many tokens is dead; None: min(10 M, a tenth of the run)."""
+    resample_every: int | None = None
+    """Tokens between resamplings of dead latents, in the first half of the run; None: never."""
+    matmul: str | None = None
+    """Precision of the wide products: "float32" or "bfloat16"; None takes the faster of this machine."""
+
+    def __post_init__(self) -> None:
+        if self.architecture not in REGISTRY:
+            raise InputError(f"Architecture {self.architecture!r} is unknown: expected one of {', '.join(REGISTRY)}.")
+        if self.batch < 1 or self.n_tokens < self.batch:
+            raise InputError(f"{self.n_tokens} tokens make no batch of {self.batch}: raise --tokens or lower --batch.")
+        if self.matmul not in (None, *MATMUL):
+            raise InputError(f"matmul={self.matmul!r} is unknown: expected one of {', '.join(MATMUL)}.")
+        for name in ("warmup", "decay", "k_anneal", "sparsity_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} is no share of the run: expected 0 to 1.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema={self.ema} is out of range: expected 0 (off) to below 1, such as 0.999.")
+        if self.clip <= 0 or (self.lr is not None and self.lr <= 0):
+            raise InputError(f"lr={self.lr}, clip={self.clip}: expected both above 0.")
+        if self.k_from is not None and "k" not in self.sizes:
+            raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_tokens // self.batch
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        return self.dead_tokens or max(min(10_000_000, self.n_tokens // 10), self.batch)
+
+    def config(self, d_in: int) -> Config:
+        """The architecture's config. Raises InputError for sizes that cannot be."""
+        try:
+            config = REGISTRY[self.architecture].config(d_in=d_in, **self.sizes)
+        except (TypeError, ConfigError) as error:
+            raise InputError(f"{self.architecture}: {error}") from None
+        if self.k_from is not None and not self.sizes["k"] <= self.k_from <= config.d_sae:
+            raise InputError(
+                f"k_from={self.k_from} is out of range: expected k={self.sizes['k']} to d_sae={config.d_sae}."
+            )
+        return config
+
+    def lr_at(self, step: int, d_sae: int) -> float:
+        peak = self.lr or REGISTRY[self.architecture].lr * math.sqrt(4608 / d_sae)
+        fall = (self.n_steps - step) / max(self.decay * self.n_steps, 1)
+        return peak * min(self._rise(step, self.warmup), fall)
+
+    def penalty_at(self, step: int) -> float:
+        """What a sparsity penalty is multiplied by: from 0 up to 1."""
+        return self._rise(step, self.sparsity_warmup)
+
+    def k_at(self, step: int) -> int | None:
+        """k of the step while it is annealed; None: the config's."""
+        span = self.k_anneal * self.n_steps
+        if self.k_from is None or step >= span:
+            return None
+        return round(self.k_from + (self.sizes["k"] - self.k_from) * step / span)
+
+    def resamples_at(self, step: int) -> bool:
+        """Whether dead latents are resampled after this step."""
+        if self.resample_every is None or step + 1 > self.n_steps // 2:
+            return False
+        return (step + 1) % max(self.resample_every // self.batch, 1) == 0
+
+    def _rise(self, step: int, share: float) -> float:
+        return min((step + 1) / max(share * self.n_steps, 1), 1.0)
+
+
+def default_name(settings: Training) -> str:
+    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none."""
+    sparsity = settings.sizes[REGISTRY[settings.architecture].sparsity]
+    return f"{settings.hook}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"

@@ -1,0 +1,154 @@
+"""One dictionary while it is trained: its weights, its optimiser, its counters, and one step of it.
+
+Nothing here waits for the device but `recount`, `figures` and `resample`, which the loop calls now and then.
+"""
+
+import torch
+from torch import Tensor
+
+from sae.base import SAE, Dead, State
+from sae.optimizer import Optimizer
+from sae.registry import REGISTRY
+from sae.resample import resample
+from sae.settings import Training
+
+GRAPH_BELOW = 1 << 28
+"""Entries of batch x d_sae under which a GPU finishes a step before Python has launched it: those become graphs."""
+EAGER_STEPS = 3
+"""Steps before a graph is recorded: kernels are compiled and libraries opened in those."""
+
+
+class Stepper:
+    """Trains `sae` (on its device) by `settings`. scale: what rows are multiplied by."""
+
+    def __init__(self, sae: SAE, settings: Training, scale: float) -> None:
+        assert settings.matmul is not None
+        self.sae, self.settings, self.scale = sae, settings, scale
+        self.matmul: torch.dtype = getattr(torch, settings.matmul)
+        self.device = sae.W_dec.device
+        self.n_steps_done = 0
+        self.optimizer = Optimizer(
+            sae, betas=REGISTRY[settings.architecture].betas, clip=settings.clip, matmul=self.matmul
+        )
+        self.terms: dict[str, Tensor] = {}
+        self.n_dead = 0
+        self._last_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)
+        """The number of tokens seen when the latent last fired."""
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.device)
+        self._penalty = torch.ones((), device=self.device)
+        self._dead: Dead | None = None
+        self._dead_of: dict[int, Dead] = {}
+        self._ema = {name: p.detach().clone() for name, p in sae.named_parameters()} if settings.ema else {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._terms_of: dict[int, dict[str, Tensor]] = {}
+        self._rows: Tensor | None = None
+
+    def step(self, rows: Tensor) -> None:
+        """One optimisation step on rows (n, d_in) as the hook gives them, on the device."""
+        at, settings = self.n_steps_done, self.settings
+        self.optimizer.set_lr(settings.lr_at(at, self.sae.d_sae))
+        self._penalty.fill_(settings.penalty_at(at))
+        k = settings.k_at(at)
+        if k is None and self._graphs_pay(len(rows)):
+            self._replay(rows)
+        else:
+            self._compute(rows, k)
+        self.n_steps_done += 1
+
+    def _compute(self, rows: Tensor, k: int | None) -> None:
+        x = rows.float() * self.scale
+        state = State(k=k, penalty=self._penalty, dead=self._dead)
+        with torch.autocast(self.device.type, dtype=self.matmul, enabled=self.matmul != torch.float32):
+            loss = self.sae.loss(x, x, state)
+        loss.total.backward()
+        self.optimizer.step()
+        self.sae.after_step(state)
+        self._tokens += self.settings.batch
+        self._last_fired.copy_(torch.where(loss.fired, self._tokens, self._last_fired))
+        for name, mean in self._ema.items():
+            mean.lerp_(getattr(self.sae, name).detach(), 1 - self.settings.ema)
+        self.terms = {**loss.terms, "grad_norm": self.optimizer.norm}
+
+    def recount(self) -> None:
+        """Count the dead latents. What a step sees of them changes only here."""
+        latents = (self._last_fired < self._tokens - self.settings.dead_after).nonzero().squeeze(1)
+        self.n_dead = len(latents)
+        self._dead = self._padded(latents) if self.n_dead else None
+
+    def _padded(self, latents: Tensor) -> Dead:
+        """`latents` in a place that stays, so that a graph recorded with it can be replayed.
+
+        On a GPU there is a place for each of 32 sizes, with false entries at the end.
+        """
+        if self.device.type != "cuda":
+            return Dead(latents, torch.ones_like(latents, dtype=torch.bool), torch.tensor(float(len(latents))))
+        part = -(-self.sae.d_sae // 32)
+        size = -(-len(latents) // part) * part
+        if size not in self._dead_of:
+            self._dead_of[size] = Dead(
+                torch.empty(size, dtype=torch.long, device=self.device),
+                torch.empty(size, dtype=torch.bool, device=self.device),
+                torch.empty((), device=self.device),
+            )
+        dead = self._dead_of[size]
+        dead.latents.zero_()[: len(latents)] = latents
+        dead.real.zero_()[: len(latents)] = True
+        dead.n.fill_(len(latents))
+        return dead
+
+    def figures(self) -> dict[str, float]:
+        """Terms of the last step's loss and what else is worth a line in the log."""
+        values = torch.stack([term.double() for term in self.terms.values()]).tolist()
+        lr = self.settings.lr_at(self.n_steps_done - 1, self.sae.d_sae)
+        return {**dict(zip(self.terms, values, strict=True)), "n_dead": self.n_dead, "lr": lr}
+
+    def resample(self, rows: Tensor) -> None:
+        """Start the dead latents anew at rows that are reconstructed badly."""
+        self.recount()
+        if self._dead is not None:
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.n_steps_done)
+            dead = self._dead.latents[self._dead.real]
+            resample(self.sae, self.optimizer, dead, rows.float() * self.scale, generator)
+            self._last_fired[dead] = self._tokens
+            self.recount()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state on the device, for a checkpoint; to restore it, copy into these and call `restored`."""
+        weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        ema = {f"ema.{name}": tensor for name, tensor in self._ema.items()}
+        counters = {"last_fired": self._last_fired, "tokens": self._tokens}
+        return {**weights, **self.optimizer.tensors, **ema, **counters}
+
+    def restored(self, n_steps_done: int) -> None:
+        """After `tensors` were filled from a checkpoint."""
+        self.n_steps_done = n_steps_done
+        self.optimizer.refresh()
+        self.recount()
+
+    @torch.no_grad()
+    def finish(self) -> SAE:
+        """The trained dictionary, of activations as the model has them."""
+        for name, mean in self._ema.items():
+            on_sphere = name in self.sae.unit_rows
+            getattr(self.sae, name).copy_(mean / mean.norm(dim=1, keepdim=True) if on_sphere else mean)
+        self.sae.low = {}
+        self.sae.unscale(self.scale)
+        return self.sae
+
+    def _graphs_pay(self, n: int) -> bool:
+        return self.device.type == "cuda" and n * self.sae.d_sae <= GRAPH_BELOW and self.n_steps_done >= EAGER_STEPS
+
+    def _replay(self, rows: Tensor) -> None:
+        if self._rows is None:
+            self._rows = torch.empty_like(rows)
+        self._rows.copy_(rows)
+        key = len(self._dead.latents) if self._dead else 0
+        if key not in self._graphs:
+            pool = next((graph.pool() for graph in self._graphs.values()), None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._compute(self._rows, None)
+            self._graphs[key], self._terms_of[key] = graph, self.terms
+        self._graphs[key].replay()
+        self.terms = self._terms_of[key]
