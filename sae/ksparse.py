@@ -1,14 +1,26 @@
-"""What TopK and AbsTopK share: k latents a row, chosen without gradient, trained through the sparse form."""
+"""What TopK and AbsTopK share: k latents a row, chosen without gradient, trained through the sparse form.
 
+Only the encoder's product is dense. Decoding, and both weight gradients, touch the k chosen latents of each row; what
+revives dead latents (AuxK) touches the dead ones.
+"""
+
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae import sparse
-from sae.base import SAE, Config, ConfigError, Loss, State
-from sae.losses import Selection, auxk, fvu
+from sae.base import SAE, Config, ConfigError, Dead, Loss, State
+from sae.dense import precision, product
+from sae.losses import fvu
+from sae.select import topk, topk_dense
+
+CHUNK = 256 << 20
+"""Bytes of pre-activations that are there at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +38,49 @@ class KSparseConfig(Config):
             )
 
 
-def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """(x - b_dec) W_enc + b_enc. Under autocast the product and its result are in the lower precision."""
-    return torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc)
+class Codes(NamedTuple):
+    """What a batch is made of: chosen latents of each row, and dead ones that would have been next."""
+
+    values: Float[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]
+    dead_z: Float[Tensor, "n m"] | None
+    """Of the dead latents, dense; 0 where not chosen."""
 
 
-def encode(
-    sae: SAE, x: Float[Tensor, "n d_in"], k: int, select: Selection
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k latents of each row that `select` chooses. No gradient."""
-    with torch.no_grad():
-        return select(pre_activations(sae, x), k)
+def encode(sae: SAE, x: Float[Tensor, "n d_in"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k latents of each row. No gradient."""
+    codes = choose(sae, centred(sae, x), k, None)
+    return codes.values, codes.indices
+
+
+@torch.no_grad()
+def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    """x - b_dec, in the precision of the wide products."""
+    return (x - sae.b_dec).to(precision(x))
+
+
+@torch.no_grad()
+def choose(sae: SAE, x: Float[Tensor, "n d_in"], k: int, dead: Dead | None) -> Codes:
+    """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
+    among `dead`."""
+    parts = []
+    W_enc = sae.low.get("W_enc", sae.W_enc).to(x.dtype).T
+    for rows in x.split(max(CHUNK // (x.element_size() * sae.d_sae), 1)):
+        pre = product(rows, W_enc, sae.b_enc.to(x.dtype))
+        dead_z = None
+        if dead is not None:
+            dead_pre = pre.index_select(1, dead.latents) * dead.real
+            dead_z = topk_dense(dead_pre, min(n_places(sae), len(dead.latents)), sae.signed)
+        parts.append(Codes(*topk(pre, k, sae.signed), dead_z))
+    if len(parts) == 1:
+        return parts[0]
+    values, indices, dead_zs = zip(*parts, strict=True)
+    return Codes(torch.cat(values), torch.cat(indices), None if dead is None else torch.cat(dead_zs))
+
+
+def n_places(sae: SAE) -> int:
+    """Dead latents a row that AuxK decodes: a power of two near d_in / 2."""
+    return 1 << round(math.log2(max(sae.d_in / 2, 1)))
 
 
 def loss(
@@ -45,19 +89,76 @@ def loss(
     target: Float[Tensor, "n d_out"],
     state: State,
     k: int,
-    select: Selection,
     auxk_weight: float,
 ) -> Loss:
-    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen."""
-    with torch.no_grad():
-        pre = pre_activations(sae, x)
-        chosen, indices = select(pre, state.k or k)
+    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
+
+    AuxK: dead latents learn to reconstruct what the living ones left over. The k_aux strongest dead latents of each row
+    (all that equal the last of them too) are decoded without b_dec; the squared error is relative to the variance of
+    what was left over, and weighed by the share of the k_aux places that dead latents can fill. Their encoder rows get
+    gradient too. A result that is not finite counts as 0.
+    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
+    """
+    dead = state.dead if auxk_weight else None
+    x = centred(sae, x)
+    codes = choose(sae, x, state.k or k, dead)
     with torch.autocast(x.device.type, enabled=False):
-        values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.b_dec)
-        error = target - sparse.decode(values, indices, sae.W_dec) - sae.b_dec
+        x_hat, e_hat = _Reconstruct.apply(codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.low)
+        error = target - x_hat
         main = fvu(error, target)
         aux = error.new_zeros(())
-        if auxk_weight and state.dead is not None:
-            aux = auxk(sae, error, pre, x, state.dead, select)
-    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": (chosen != 0).sum(dim=1).float().mean()}
-    return Loss(main + auxk_weight * aux, terms, sparse.fired(chosen, indices, sae.d_sae))
+        if dead is not None:
+            left_over = error.detach()
+            aux = torch.nan_to_num(fvu(left_over - e_hat, left_over), nan=0.0, posinf=0.0)
+            aux = aux * (dead.n / n_places(sae)).clamp(max=1.0)
+    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": (codes.values != 0).sum(dim=1).float().mean()}
+    return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.d_sae))
+
+
+class _Reconstruct(torch.autograd.Function):
+    """(x_hat, e_hat): the batch from its chosen latents, and what its dead ones add (None without).
+
+    The dense product was made without gradient; chosen entries get the gradient that they would have had, entries that
+    are 0 (a ReLU's) get none. Products are in the precision of `low`, the copies of the wide matrices.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codes: Codes,
+        dead: Dead | None,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        low: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        del b_enc  # here for its gradient
+        W = low.get("W_dec", W_dec)
+        x_hat = sparse.decode(codes.values, codes.indices, W) + b_dec
+        e_hat = None
+        if dead is not None and codes.dead_z is not None:
+            e_hat = (codes.dead_z @ W[dead.latents].to(codes.dead_z.dtype)).float()
+        ctx.save_for_backward(x, low.get("W_enc", W_enc), W)
+        ctx.codes, ctx.dead = codes, dead
+        return x_hat, e_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_dead: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W_enc, W_dec = ctx.saved_tensors
+        (values, indices, z), dead = ctx.codes, ctx.dead
+        low = grad.to(W_dec.dtype)
+        order, starts = sparse.by_latent(indices, len(W_dec), values)
+        grad_W_dec, _ = sparse.rows(values, order, starts, low)
+        grad_values = sparse.dots(low, W_dec, indices, values)
+        grad_W_enc, grad_b_enc = sparse.rows(grad_values, order, starts, x.to(W_dec.dtype))
+        if dead is not None and grad_dead is not None:
+            low = grad_dead.to(z.dtype)
+            grad_z = (low @ W_dec[dead.latents].to(z.dtype).T).mul_(z != 0)
+            grad_W_dec.index_add_(0, dead.latents, (z.T @ low).float())
+            grad_W_enc.index_add_(0, dead.latents, (grad_z.T @ x).float())
+            grad_b_enc.index_add_(0, dead.latents, grad_z.sum(dim=0, dtype=torch.float32))
+        grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(W_enc.dtype)).float()
+        return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None

@@ -1,21 +1,27 @@
 """Sparse codes: (values, indices) of a few latents a row, and the three products of training that touch only those.
 
 With k of d_sae latents active, decoding and both weight gradients cost k / d_sae of their dense form; only the
-encoder's forward product stays dense. All are products with a sparse matrix in CSR form, which both CPU and GPU
-libraries have.
-Names: n rows, k places a row, m = d_sae. An unused place holds value 0 and any index.
+encoder's forward product stays dense. Decoding sums a few rows of W_dec for each row of the batch; a weight gradient
+sums a few rows of the batch for each latent, once the entries are sorted by latent. Both are the same sum, `row_sums`.
+Names: n rows, k places a row. An unused place holds value 0 and any index. `Ragged` codes have no unused places.
 """
 
-import warnings
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
-# Torch says once a process that sparse CSR tensors are in beta; what we use of them is tested against the dense form.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+from sae import kernels
+
+
+class Ragged(NamedTuple):
+    """Entries of a sparse matrix (n, columns), row after row: those of row r lie at starts[r] to starts[r + 1]."""
+
+    values: Float[Tensor, " entries"]
+    columns: Int[Tensor, " entries"]
+    starts: Int[Tensor, " n_and_1"]
 
 
 def to_dense(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> Float[Tensor, "n d_sae"]:
@@ -24,10 +30,10 @@ def to_dense(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: i
 
 
 def to_sparse(z: Float[Tensor, "n d_sae"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The sparse form of dense codes; k is the largest L0 of the rows, at least 1."""
-    k = max(int((z != 0).sum(dim=1).max()), 1) if len(z) else 1
-    indices = z.abs().topk(k, dim=1).indices
-    return z.gather(1, indices), indices
+    """The sparse form of dense codes, indices ascending; k is the largest L0 of the rows, at least 1."""
+    places = nonzero(z != 0)
+    rows, columns = places // z.shape[1], places % z.shape[1]
+    return to_table(z.flatten()[places], columns, starts_of(rows, len(z)), z.shape[1])
 
 
 def fired(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> Bool[Tensor, " d_sae"]:
@@ -37,81 +43,122 @@ def fired(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int)
 
 
 def decode(
-    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], W_dec: Float[Tensor, "d_sae d"]
+    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], W: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "n d"]:
-    """sum_j values[:, j] * W_dec[indices[:, j]], with gradients to values and W_dec."""
-    return _Decode.apply(values, indices, W_dec)
+    """sum_j values[:, j] * W[indices[:, j]], in float32. No gradient."""
+    if kernels.available(W):
+        from sae.kernels import codes
+
+        return codes.decode(values, indices, W)
+    return row_sums(ragged(values, indices), W)
 
 
-def selected(
-    pre: Float[Tensor, "n k"],
-    indices: Int[Tensor, "n k"],
-    x: Float[Tensor, "n d"],
-    W_enc: Float[Tensor, "d d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d"],
+def dots(
+    g: Float[Tensor, "n d"], W: Float[Tensor, "d_sae d"], indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:
-    """`pre`, the chosen entries of (x - b_dec) @ W_enc + b_enc, tied to its parameters for the backward pass.
+    """g[n] . W[indices[n, j]] for each place, 0 where `values` is 0, without the dense product."""
+    if kernels.available(W):
+        from sae.kernels import codes
 
-    The dense product is made without gradient; this gives the chosen entries the gradient they would have had. Entries
-    that are exactly 0 (a ReLU's) get none.
+        return codes.dots(g, W, indices, values)
+    return dots_at(g, W, ragged(values, indices)).view(values.shape) * (values != 0)
+
+
+def by_latent(
+    indices: Int[Tensor, "n k"], d_sae: int, values: Float[Tensor, "n k"]
+) -> tuple[Int[Tensor, " n_times_k"], Int[Tensor, " d_sae_plus_1"]]:
+    """(order, starts): entries order[starts[i] : starts[i + 1]] of the flat codes are those of latent i, ascending.
+
+    Entries of value 0 may be anywhere: they add nothing.
     """
-    return _Selected.apply(pre, indices, x, W_enc, b_enc, b_dec)
+    if kernels.available(indices):
+        from sae.kernels import codes
+
+        return codes.by_latent(indices, d_sae, values)
+    # Half the bytes to sort: torch sorts integers digit by digit.
+    latents, order = indices.flatten().int().sort(stable=True)
+    return order, starts_of(latents, d_sae)
 
 
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, W_dec)
-        return _csr(values, indices, W_dec.shape[0]) @ W_dec
+def rows(
+    coefficients: Float[Tensor, "n k"],
+    order: Int[Tensor, " n_times_k"],
+    starts: Int[Tensor, " d_sae_plus_1"],
+    y: Float[Tensor, "n d"],
+    minus: Float[Tensor, " d"] | None = None,
+) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
+    """For each latent the sum over its entries of coefficient * (y[row of the entry] - minus), and of coefficient.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        values, indices, W_dec = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_values = _dots(grad, W_dec, indices) if ctx.needs_input_grad[0] else None
-        grad_W = _csr_transposed(values, indices, W_dec.shape[0]) @ grad if ctx.needs_input_grad[2] else None
-        return grad_values, None, grad_W
+    order, starts: of `by_latent`. In float32.
+    """
+    if kernels.available(y):
+        from sae.kernels import codes
 
-
-class _Selected(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, pre: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(pre, indices, x, W_enc, b_enc, b_dec)
-        return pre.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor]:
-        pre, indices, x, W_enc, b_enc, b_dec = ctx.saved_tensors
-        grad = grad * (pre != 0)
-        grad_b = torch.zeros_like(b_enc).index_add_(0, indices.flatten(), grad.flatten())
-        # d/dW_enc[:, i] = sum_n grad[n, i] (x[n] - b_dec), one sparse product and a rank-one correction.
-        grad_W = _csr_transposed(grad, indices, len(b_enc)) @ x - torch.outer(grad_b, b_dec)
-        return None, None, None, grad_W.T, grad_b, -(W_enc @ grad_b)
+        return codes.rows(coefficients, order, starts, y, unused_minus=minus)
+    sorted_values = coefficients.flatten()[order]
+    places = order.div(coefficients.shape[1], rounding_mode="floor")
+    sums = row_sums(Ragged(sorted_values, places, starts), y)
+    latents = torch.repeat_interleave(starts.diff(), output_size=len(order))
+    totals = sums.new_zeros(len(starts) - 1).index_add_(0, latents, sorted_values)
+    return sums if minus is None else sums.addr_(totals, minus, alpha=-1), totals
 
 
-def _csr(values: Tensor, indices: Tensor, n_columns: int) -> Tensor:
+def ragged(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Ragged:
     n, k = values.shape
-    starts = torch.arange(0, n * k + 1, k, device=values.device)
-    return torch.sparse_csr_tensor(starts, indices.flatten(), values.flatten(), (n, n_columns), check_invariants=False)
+    return Ragged(values.flatten(), indices.flatten(), torch.arange(0, n * k + 1, k, device=values.device))
 
 
-def _csr_transposed(values: Tensor, indices: Tensor, n_columns: int) -> Tensor:
-    """The transpose of the sparse matrix, by a counting sort of its entries by latent."""
-    n, k = values.shape
-    latents = indices.flatten()
-    order = latents.argsort(stable=True)
-    starts = torch.zeros(n_columns + 1, dtype=torch.long, device=values.device)
-    starts[1:] = torch.bincount(latents, minlength=n_columns).cumsum(0)
-    rows = order.div(k, rounding_mode="floor")
-    return torch.sparse_csr_tensor(starts, rows, values.flatten()[order], (n_columns, n), check_invariants=False)
+def row_sums(codes: Ragged, W: Float[Tensor, "columns d"]) -> Float[Tensor, "n d"]:
+    """The product of the sparse matrix with W."""
+    return embedding_bag(
+        codes.columns, W, codes.starts, per_sample_weights=codes.values, mode="sum", include_last_offset=True
+    )
 
 
-def _dots(a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
-    """a[n] . b[indices[n, j]] for each place, without the dense a @ b.T."""
-    pattern = _csr(torch.zeros(indices.shape, dtype=a.dtype, device=a.device), indices, b.shape[0])
-    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values().view(indices.shape)
+def transposed(codes: Ragged, n_columns: int) -> Ragged:
+    """The transpose of the sparse matrix, its entries sorted by column, then by row."""
+    # Half the bytes to sort: torch sorts integers digit by digit.
+    columns, order = codes.columns.int().sort(stable=True)
+    rows = torch.repeat_interleave(codes.starts.diff(), output_size=len(columns))[order]
+    return Ragged(codes.values[order], rows, starts_of(columns, n_columns))
+
+
+def dots_at(a: Float[Tensor, "n d"], b: Float[Tensor, "columns d"], places: Ragged) -> Float[Tensor, " entries"]:
+    """a[r] . b[c] for each entry (r, c), without the dense a @ b.T."""
+    pattern = torch.sparse_csr_tensor(
+        places.starts, places.columns, torch.zeros_like(places.values), (len(a), len(b)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
+
+
+def nonzero(mask: Bool[Tensor, "n m"]) -> Int[Tensor, " places"]:
+    """Places of the mask's true entries in its flat form, ascending."""
+    flat = mask.flatten()
+    if len(flat) % 8:
+        return flat.nonzero().squeeze(1)
+    # Few are true: look for eight at a time.
+    words = flat.view(torch.int64).nonzero().squeeze(1)
+    found = flat.view(-1, 8)[words].flatten().nonzero().squeeze(1)
+    return words[found // 8] * 8 + found % 8
+
+
+def starts_of(rows: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1"]:
+    """Where each of n rows starts among entries that are sorted by row."""
+    starts = torch.zeros(n + 1, dtype=torch.long, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=n), 0, out=starts[1:])
+    return starts
+
+
+def to_table(
+    values: Float[Tensor, " entries"],
+    columns: Int[Tensor, " entries"],
+    starts: Int[Tensor, " n_and_1"],
+    n_columns: int,
+    at_least: int = 1,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Ragged codes as (values, indices); k is the longest row, or `at_least`. Unused places come last in their row."""
+    lengths = starts.diff()
+    width = max(int(lengths.max()), at_least) if len(lengths) else at_least
+    used = torch.arange(width, device=values.device) < lengths[:, None]
+    table = values.new_zeros(used.shape).masked_scatter_(used, values)
+    return table, columns.new_full(used.shape, n_columns - 1).masked_scatter_(used, columns)

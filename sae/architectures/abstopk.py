@@ -16,7 +16,6 @@ from torch import Tensor
 from sae import ksparse
 from sae.base import SAE, Loss, State
 from sae.ksparse import KSparseConfig
-from sae.select import abs_topk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class AbsTopKSAE(SAE):
     cfg: AbsTopKConfig
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-        return ksparse.encode(self, x, self.cfg.k, abs_topk)
+        return ksparse.encode(self, x, self.cfg.k)
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
-        return ksparse.loss(self, x, target, state, self.cfg.k, abs_topk, self.cfg.auxk_weight)
+        return ksparse.loss(self, x, target, state, self.cfg.k, self.cfg.auxk_weight)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae.base import SAE, Config, ConfigError, Loss, State
-from sae.ksparse import pre_activations
 from sae.losses import fvu
 from sae.sparse import to_sparse
 
@@ -84,6 +83,11 @@ class JumpReLUSAE(SAE):
         self.threshold.data.clamp_(min=0.0)
         too_many = (self.last_l0 / self.cfg.target_l0).log().clamp(-1.0, 1.0)
         self.coefficient.mul_(torch.exp(0.01 * too_many)).clamp_(1e-6, 1e2)
+
+
+def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    """(x - b_dec) W_enc + b_enc. Under autocast the product and its result are in the lower precision."""
+    return torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc)
 
 
 class _Jump(torch.autograd.Function):
