@@ -7,11 +7,17 @@ from torch import Tensor
 
 
 def product(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None = None
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    bias: Float[Tensor, " m"] | None = None,
+    out: torch.dtype | None = None,
 ) -> Float[Tensor, "n m"]:
-    """a @ b.T + bias, in the dtype of a, which is also that of b and bias. Any strides. No gradient."""
+    """a @ b.T + bias, in the dtype of a, which is also that of b and bias; or `out` (no bias). Any strides."""
     if a.device.type == "cpu" and a.dtype in (torch.float32, torch.bfloat16) and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        made = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return made if out is None else made.to(out)
+    if out not in (None, a.dtype):
+        return torch.mm(a, b.T, out_dtype=out)
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
 
 

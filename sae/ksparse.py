@@ -60,13 +60,18 @@ def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
 
 
 @torch.no_grad()
+def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    """x W_enc + b_enc of `centred` x, in its precision."""
+    return product(x, sae.low.get("W_enc", sae.W_enc).to(x.dtype).T, sae.b_enc.to(x.dtype))
+
+
+@torch.no_grad()
 def choose(sae: SAE, x: Float[Tensor, "n d_in"], k: int, dead: Dead | None) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
     among `dead`."""
     parts = []
-    W_enc = sae.low.get("W_enc", sae.W_enc).to(x.dtype).T
     for rows in x.split(max(CHUNK // (x.element_size() * sae.d_sae), 1)):
-        pre = product(rows, W_enc, sae.b_enc.to(x.dtype))
+        pre = pre_activations(sae, rows)
         dead_z = None
         if dead is not None:
             dead_pre = pre.index_select(1, dead.latents) * dead.real

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae.base import SAE, Config, ConfigError, Loss, State
+from sae.dense import product
+from sae.jump import jump, jump_backward
+from sae.ksparse import centred, pre_activations
 from sae.losses import fvu
 from sae.sparse import to_sparse
 
@@ -58,23 +61,24 @@ class JumpReLUSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         with torch.no_grad():
-            pre = pre_activations(self, x).float()
-            return to_sparse(pre * (pre > self.threshold))
+            return to_sparse(jump(pre_activations(self, centred(self, x)).float(), self.threshold)[0])
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
-        pre = pre_activations(self, x).float()
-        z, on = _Jump.apply(pre, self.threshold, self.cfg.bandwidth)
-        error = target - (z @ self.W_dec).float() - self.b_dec
-        main, l0 = fvu(error, target), on.sum(dim=1).mean()
-        self.last_l0.copy_(l0.detach())
-        terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.coefficient.clone()}
-        return Loss(main + state.penalty * self.coefficient * l0 / self.cfg.target_l0, terms, (on > 0).any(dim=0))
+        x = centred(self, x)
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat, l0, fired = _Reconstruct.apply(
+                x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, self.low, self.cfg.bandwidth
+            )
+            main = fvu(target - x_hat, target)
+            self.last_l0.copy_(l0.detach())
+            terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.coefficient.clone()}
+            return Loss(main + state.penalty * self.coefficient * l0 / self.cfg.target_l0, terms, fired)
 
     def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
         super().initialise(x, seed)
         share = min(self.cfg.start_l0 * self.cfg.target_l0 / self.d_sae, 0.5)
         with torch.no_grad():
-            pre = pre_activations(self, x).float()
+            pre = pre_activations(self, centred(self, x)).float()
             self.threshold.copy_(pre.kthvalue(max(round((1 - share) * len(pre)), 1), dim=0).values.clamp(min=0.0))
 
     @torch.no_grad()
@@ -85,25 +89,39 @@ class JumpReLUSAE(SAE):
         self.coefficient.mul_(torch.exp(0.01 * too_many)).clamp_(1e-6, 1e2)
 
 
-def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """(x - b_dec) W_enc + b_enc. Under autocast the product and its result are in the lower precision."""
-    return torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc)
-
-
-class _Jump(torch.autograd.Function):
-    """(p * 1[p > t], 1[p > t]); near t the step has slope 1 / bandwidth in p and -1 / bandwidth in t."""
+class _Reconstruct(torch.autograd.Function):
+    """(x_hat, mean L0, which latents fired) from x - b_dec, through dense latents."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        on = (pre > threshold).to(pre.dtype)
-        ctx.save_for_backward(pre, threshold, on)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        low: dict[str, Tensor],
+        bandwidth: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        W_enc, W_dec = (low.get(name, W).to(x.dtype) for name, W in (("W_enc", W_enc), ("W_dec", W_dec)))
+        pre = product(x, W_enc.T, b_enc.to(x.dtype))
+        z, counts = jump(pre, threshold)
+        ctx.save_for_backward(x, W_enc, W_dec, pre, z, threshold)
         ctx.bandwidth = bandwidth
-        return pre * on, on
+        fired = counts > 0
+        ctx.mark_non_differentiable(fired)
+        return product(z, W_dec.T).float() + b_dec, counts.sum() / len(x), fired
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_on: Tensor) -> tuple[Tensor, Tensor, None]:
-        pre, threshold, on = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype) / ctx.bandwidth
-        step = near * (grad_z * threshold + grad_on)  # z jumps by the threshold where the latent turns on
-        return grad_z * on + step, -step.sum(dim=0), None
+    def backward(ctx: Any, grad: Tensor, grad_l0: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W_enc, W_dec, pre, z, threshold = ctx.saved_tensors
+        low = grad.to(x.dtype)
+        grad_pre, grad_b_enc, grad_threshold = jump_backward(
+            pre, threshold, product(low, W_dec), grad_l0 / len(x), ctx.bandwidth
+        )
+        grad_W_dec = product(z.T, low.T, out=torch.float32)
+        grad_W_enc = product(grad_pre.T, x.T, out=torch.float32).T
+        grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(x.dtype)).float()
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None

@@ -6,9 +6,10 @@ from scipy.optimize import linear_sum_assignment
 
 from sae import load_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
-from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE, _Jump
+from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Dead, State
+from sae.jump import jump, jump_backward
 from sae.settings import Training
 from sae.train import train
 from tests.tiny import HOOK, planted_rows, planted_run
@@ -51,14 +52,14 @@ def test_jumprelu_by_hand():
 
 def test_jumprelu_gradient_is_the_formula():
     # d/dp = 1[p > t] g + (t g + h) K / w, d/dt = -(t g + h) K / w, with K = 1 inside |p - t| < w / 2
-    pre = torch.tensor([[0.9, 1.2, 3.0, 0.2]], requires_grad=True)
-    threshold = torch.full((4,), 1.0, requires_grad=True)
-    z, on = _Jump.apply(pre, threshold, 0.5)
+    pre, threshold = torch.tensor([[0.9, 1.2, 3.0, 0.2]]), torch.full((4,), 1.0)
+    z, counts = jump(pre, threshold)
     assert z[0].tolist() == pytest.approx([0, 1.2, 3.0, 0])
-    (2.0 * z.sum() + 3.0 * on.sum()).backward()
+    assert counts.tolist() == [0, 1, 1, 0]
+    dp, db, dt = jump_backward(pre, threshold, torch.full((1, 4), 2.0), torch.tensor(3.0), 0.5)
     step = (1.0 * 2.0 + 3.0) / 0.5
-    assert pre.grad[0].tolist() == pytest.approx([step, 2 + step, 2, 0])
-    assert threshold.grad.tolist() == pytest.approx([-step, -step, 0, 0])
+    assert dp[0].tolist() == db.tolist() == pytest.approx([step, 2 + step, 2, 0])
+    assert dt.tolist() == pytest.approx([-step, -step, 0, 0])
 
 
 def test_jumprelu_gradient_is_the_slope_of_the_mean():
@@ -68,9 +69,33 @@ def test_jumprelu_gradient_is_the_slope_of_the_mean():
     def mean_l0(t: float) -> float:
         return float((pre > t).float().mean())
 
-    threshold = torch.tensor([1.0], requires_grad=True)
-    _Jump.apply(pre.clone(), threshold, 0.2)[1].mean().backward()
-    assert threshold.grad.item() == pytest.approx((mean_l0(1.01) - mean_l0(0.99)) / 0.02, rel=0.01)
+    weight = torch.tensor(1 / len(pre))
+    slope = jump_backward(pre, torch.tensor([1.0]), torch.zeros_like(pre), weight, 0.2)[2]
+    assert slope.item() == pytest.approx((mean_l0(1.01) - mean_l0(0.99)) / 0.02, rel=0.01)
+
+
+def test_jumprelu_gradients_are_those_of_the_dense_form_by_autograd():
+    torch.manual_seed(0)
+    x, width, l0_weight = torch.randn(40, 12), 0.8, 0.3
+    sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=30, target_l0=5, bandwidth=width))
+    for parameter in sae.parameters():
+        parameter.data.normal_(std=0.5)
+    sae.coefficient.fill_(l0_weight * 5)
+    made = sae.loss(x, x, State(penalty=0.5)).total
+    made.backward()
+    ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    on = (pre > sae.threshold).float()
+    ramp = ((pre - sae.threshold) / width).clamp(-0.5, 0.5)
+    step = on + ramp - ramp.detach()  # the step's value, the ramp's slope
+    z = pre * on + sae.threshold.detach() * (step - on)
+    error = x - z @ sae.W_dec - sae.b_dec
+    total = error.square().sum() / (x - x.mean(dim=0)).square().sum() + 0.5 * l0_weight * step.sum(dim=1).mean()
+    total.backward()
+    torch.testing.assert_close(made, total)
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_auxk_reaches_the_encoder_rows_of_dead_latents():
