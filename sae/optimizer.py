@@ -78,6 +78,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients, which are given up after it."""
+        if self.wide:
+            from sae.kernels import adam
         unit = self.sae.unit_rows
         self._steps += 1
         squares = []
@@ -85,7 +87,7 @@ class Optimizer:
             assert p.grad is not None, name
             on_sphere = name in unit
             if name in self.wide:
-                squares.append(kernels.squares(rows_of(name, p.grad), rows_of(name, p) if on_sphere else None))
+                squares.append(adam.squares(rows_of(name, p.grad), rows_of(name, p) if on_sphere else None))
                 continue
             if on_sphere:
                 p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
@@ -99,7 +101,7 @@ class Optimizer:
             corrections = [1 - torch.pow(beta, self._steps.double()) for beta in self.betas]
             hyper = torch.stack([self._lr.double(), *corrections, factor.double()]).float()
             for name in self.wide:
-                kernels.adam_rows(
+                adam.adam_rows(
                     *(rows_of(name, t) for t in self._moments(name)),
                     rows_of(name, self.sae.low[name]) if name in self.sae.low else None,
                     hyper,

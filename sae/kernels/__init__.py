@@ -1,17 +1,26 @@
-"""Triton kernels of the training step. Each has a twin in plain PyTorch, which is what runs without a GPU."""
+"""Triton kernels for what training does to sparse codes on a GPU; tests compare each with a plain PyTorch twin.
+
+    select   the k largest of each row                       sae.select
+    codes    the products that touch only chosen latents     sae.sparse
+    adam     Adam on dictionary rows, which may have norm 1  torch.optim.Adam
+    jump     JumpReLU, forward and backward                  sae.architectures.jumprelu
+
+All are deterministic (no floating-point atomics), never wait for the device and can be captured in a CUDA graph.
+Matrices must be contiguous. Triton is optional: import a kernel's module only where `available` says so.
+Constants at the top of each file (tiles, warps) were chosen by `tests/benchmarks/kernels.py`.
+"""
+
+from functools import cache
+from importlib.util import find_spec
 
 from torch import Tensor
 
 
-def squares(gradient: Tensor, rows: Tensor | None) -> Tensor:
-    raise NotImplementedError
-
-
-def adam_rows(*args: object, **options: object) -> None:
-    raise NotImplementedError
-
-
 def available(tensor: Tensor) -> bool:
-    """Whether kernels serve this tensor."""
-    del tensor
-    return False
+    """Whether the kernels can work on this tensor: it lies on a GPU and Triton is installed."""
+    return tensor.is_cuda and _triton()
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,344 @@
+"""The k largest of each row, reading the row once.
+
+A first kernel takes the maximum of each group of `C` neighbouring columns. The k-th largest of these maxima is a lower
+bound of the k-th largest entry, and every entry that reaches the bound lies in a group whose maximum does: about k
+groups, which a second kernel reads again, keeps what reaches the bound, and finds the exact k-th largest among that.
+Rows with very many such entries (ties, large values side by side) go back to their groups instead: slower, same result.
+
+Entries are compared as integers: the bits of non-negative floats rise with their value. NaN counts as larger than
+infinity, so it is chosen and seen.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MAXIMA_TILE, MAXIMA_WARPS = 8192, 4
+"""Columns and warps of a program of the first kernel."""
+ENTRIES_PER_WARP = 1024
+"""Entries that a warp of the second kernel holds at once: 32 registers a thread."""
+WHOLE_ROW = 16_384
+"""Longest row that `threshold` and `topk_dense` hold in registers; longer ones are read again for each bit."""
+
+_DTYPES = {
+    torch.bfloat16: (torch.int16, tl.bfloat16),
+    torch.float16: (torch.int16, tl.float16),
+    torch.float32: (torch.int32, tl.float32),
+}
+
+
+def topk(
+    pre: Float[Tensor, "n d_sae"], k: int, signed: bool = False
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest positive entries of each row (values in float32, indices ascending); of equals the lowest indices.
+
+    signed: by magnitude, with their sign. Places that a row cannot fill come last and hold value 0 and index 0.
+    """
+    assert pre.is_contiguous()
+    assert 0 < k <= pre.shape[1]
+    n, d_sae = pre.shape
+    bits, dtype = _bits(pre)
+    # Eight groups for each chosen entry keep what reaches the bound close to k; 32 bytes is what memory gives at least.
+    group = min(max(_power_of_2_below(d_sae // (8 * k)), 16), 64)
+    n_groups = triton.cdiv(d_sae, group)
+    maxima = torch.empty(n, n_groups, dtype=bits.dtype, device=pre.device)
+    tile = min(max(MAXIMA_TILE // group, 1), triton.next_power_of_2(n_groups))
+    spans = triton.cdiv(n_groups, tile)
+    values = torch.empty(n, k, dtype=torch.float32, device=pre.device)
+    indices = torch.empty(n, k, dtype=torch.int64, device=pre.device)
+    capacity = min(max(triton.next_power_of_2(4 * k), 256), 4096)
+    n_groups_2 = triton.next_power_of_2(n_groups)
+    warps = min(max(max(n_groups_2, capacity) // ENTRIES_PER_WARP, 1), 16)
+    hits = torch.empty(n, n_groups, dtype=torch.int32, device=pre.device)
+    found = torch.empty(n, 2, capacity, dtype=torch.int32, device=pre.device)
+    if n:
+        _maxima[(n * spans,)](
+            bits, maxima, d_sae, n_groups, spans, SIGNED=signed, TILE=tile, GROUP=group, num_warps=MAXIMA_WARPS
+        )
+        _choose[(n,)](
+            bits,
+            maxima,
+            hits,
+            found,
+            values,
+            indices,
+            d_sae,
+            n_groups,
+            k,
+            SIGNED=signed,
+            DTYPE=dtype,
+            SLACK=0 if bits.dtype == torch.int16 else 1 << 15,
+            GROUPS=n_groups_2,
+            GROUP=group,
+            TILE=max(ENTRIES_PER_WARP * warps // group, 1),
+            CAPACITY=capacity,
+            PLACES=triton.next_power_of_2(k),
+            num_warps=warps,
+        )
+    return values, indices
+
+
+def threshold(pre: Float[Tensor, "n m"], k: int, signed: bool = False) -> Float[Tensor, " n"]:
+    """The k-th largest entry of each row (signed: magnitude), 0 where fewer than k are positive."""
+    out = torch.empty(pre.shape[0], dtype=torch.float32, device=pre.device)
+    _run_row(pre, out, k, signed, dense=False)
+    return out
+
+
+def topk_dense(pre: Float[Tensor, "n m"], k: int, signed: bool = False) -> Float[Tensor, "n m"]:
+    """Each row with all but its k largest positive entries (signed: by magnitude) set to 0; equals of the k-th stay."""
+    out = torch.empty_like(pre)
+    _run_row(pre, _bits(out)[0], k, signed, dense=True)
+    return out
+
+
+def _run_row(pre: Tensor, out: Tensor, k: int, signed: bool, dense: bool) -> None:
+    assert pre.is_contiguous()
+    assert 0 < k <= pre.shape[1]
+    n, m = pre.shape
+    bits, dtype = _bits(pre)
+    block = min(triton.next_power_of_2(m), WHOLE_ROW)
+    if n:
+        _row[(n,)](
+            bits,
+            out,
+            m,
+            k,
+            SIGNED=signed,
+            DTYPE=dtype,
+            DENSE=dense,
+            WHOLE=m <= block,
+            BLOCK=block,
+            num_warps=min(max(block // ENTRIES_PER_WARP, 1), 16),
+        )
+
+
+def _bits(x: Tensor) -> tuple[Tensor, tl.dtype]:
+    integer, dtype = _DTYPES[x.dtype]
+    return x.view(integer), dtype
+
+
+def _power_of_2_below(n: int) -> int:
+    return 1 << max(n.bit_length() - 1, 0)
+
+
+@triton.jit
+@no_type_check
+def _key(bits, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """What entries are compared by: at least 0, and 0 for those that are never chosen. Bits as int32."""
+    if SIGNED:
+        return bits & (0x7FFFFFFF if DTYPE == tl.float32 else 0x7FFF)
+    else:
+        return tl.maximum(bits, 0)
+
+
+@triton.jit
+@no_type_check
+def _value(bits, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        return (bits << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _kth(key, k, low, high, SLACK: tl.constexpr):
+    """The k-th largest key if it is in low..high (else low), or a lower bound of it by at most SLACK."""
+    while high - low > SLACK:
+        middle = high - (high - low) // 2
+        enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+@no_type_check
+def _maxima(bits, out, d_sae, n_groups, spans, SIGNED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr):
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    group = (tl.program_id(0) % spans) * TILE + tl.arange(0, TILE)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(bits + row * d_sae + column, mask=column < d_sae, other=0)
+    x = x.to(tl.int32)
+    if SIGNED:
+        x = x & (0x7FFFFFFF if out.dtype.element_ty == tl.int32 else 0x7FFF)
+    tl.store(out + row * n_groups + group, tl.maximum(tl.max(x, axis=1), 0), mask=group < n_groups)
+
+
+@triton.jit
+@no_type_check
+def _entries(bits, hits, start, n_hits, d_sae, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """(bits, columns) of the entries of TILE groups, in ascending order."""
+    slot = start + tl.arange(0, TILE)
+    group = tl.load(hits + slot, mask=slot < n_hits, other=0)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(bits + column, mask=(slot < n_hits)[:, None] & (column < d_sae), other=0)
+    return x.to(tl.int32), column
+
+
+@triton.jit
+@no_type_check
+def _places(take):
+    """(running number from 0 in row-major order, total) of what is taken."""
+    each = take.to(tl.int32)
+    rows = tl.sum(each, axis=1)
+    before = tl.cumsum(rows, axis=0) - rows
+    return before[:, None] + tl.cumsum(each, axis=1) - 1, tl.sum(rows, axis=0)
+
+
+@triton.jit
+@no_type_check
+def _choose(
+    bits,
+    maxima,
+    hits,
+    found,
+    values,
+    indices,
+    d_sae,
+    n_groups,
+    k,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SLACK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    bits += row * d_sae
+    hits += row * n_groups
+    found += row * 2 * CAPACITY
+    values += row * k
+    indices += row * k
+
+    group = tl.arange(0, GROUPS)
+    best = tl.load(maxima + row * n_groups + group, mask=group < n_groups, other=0).to(tl.int32)
+    high = tl.max(best, axis=0)
+    low = _kth(best, k, high * 0 + 1, high, SLACK)
+    hit = best >= low
+    n_hits = tl.sum(hit.to(tl.int32), axis=0)
+    tl.store(hits + tl.cumsum(hit.to(tl.int32), axis=0) - 1, group, mask=hit)
+    tl.debug_barrier()
+
+    count = n_hits * 0
+    for start in range(0, n_hits, TILE):
+        x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+        take = _key(x, SIGNED, DTYPE) >= low
+        place, total = _places(take)
+        place += count
+        tl.store(found + place, x, mask=take & (place < CAPACITY))
+        tl.store(found + CAPACITY + place, column, mask=take & (place < CAPACITY))
+        count += total
+    tl.debug_barrier()
+
+    used = tl.minimum(count, k)
+    if count <= CAPACITY:
+        slot = tl.arange(0, CAPACITY)
+        x = tl.load(found + slot, mask=slot < count, other=0)
+        column = tl.load(found + CAPACITY + slot, mask=slot < count, other=0)
+        key = _key(x, SIGNED, DTYPE)
+        low = _kth(key, k, low, high, 0)
+        above = key > low
+        ties = (key == low).to(tl.int32)
+        n_ties = k - tl.sum(above.to(tl.int32), axis=0)
+        take = above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= n_ties))
+        place = tl.cumsum(take.to(tl.int32), axis=0) - 1
+        tl.store(values + place, _value(x, DTYPE), mask=take)
+        tl.store(indices + place, column.to(tl.int64), mask=take)
+    else:
+        while low < high:
+            middle = high - (high - low) // 2
+            reached = n_hits * 0
+            for start in range(0, n_hits, TILE):
+                x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+                reached += tl.sum(tl.sum((_key(x, SIGNED, DTYPE) >= middle).to(tl.int32), axis=1), axis=0)
+            low = tl.where(reached >= k, middle, low)
+            high = tl.where(reached >= k, high, middle - 1)
+        above = n_hits * 0
+        for start in range(0, n_hits, TILE):
+            x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+            above += tl.sum(tl.sum((_key(x, SIGNED, DTYPE) > low).to(tl.int32), axis=1), axis=0)
+        n_ties = k - above
+        done = n_hits * 0
+        for start in range(0, n_hits, TILE):
+            x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+            key = _key(x, SIGNED, DTYPE)
+            tie = key == low
+            rank, total = _places(tie)
+            take = (key > low) | (tie & (rank < n_ties))
+            n_ties -= total
+            place, total = _places(take)
+            place += done
+            tl.store(values + place, _value(x, DTYPE), mask=take & (place < k))
+            tl.store(indices + place, column.to(tl.int64), mask=take & (place < k))
+            done += total
+    place = tl.arange(0, PLACES)
+    unused = (place >= used) & (place < k)
+    tl.store(values + place, tl.zeros([PLACES], tl.float32), mask=unused)
+    tl.store(indices + place, tl.zeros([PLACES], tl.int64), mask=unused)
+
+
+@triton.jit
+@no_type_check
+def _reached(bits, m, bound, SIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many entries of a row of any length are at least `bound`."""
+    count = bound * 0
+    for start in range(0, m, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(bits + column, mask=column < m, other=0).to(tl.int32)
+        count += tl.sum((_key(x, SIGNED, DTYPE) >= bound).to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit
+@no_type_check
+def _row(
+    bits,
+    out,
+    m,
+    k,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DENSE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    bits += row * m
+    column = tl.arange(0, BLOCK)
+    x = tl.load(bits + column, mask=column < m, other=0).to(tl.int32)
+    key = _key(x, SIGNED, DTYPE)
+    high = tl.max(key, axis=0)
+    if WHOLE:
+        low = _kth(key, k, high * 0 + 1, high, 0)
+        reached = tl.sum((key >= low).to(tl.int32), axis=0)
+        if DENSE:
+            tl.store(out + row * m + column, tl.where(key >= low, x, 0), mask=column < m)
+    else:
+        for start in range(BLOCK, m, BLOCK):
+            x = tl.load(bits + start + column, mask=start + column < m, other=0).to(tl.int32)
+            high = tl.maximum(high, tl.max(_key(x, SIGNED, DTYPE), axis=0))
+        low = high * 0 + 1
+        while low < high:
+            middle = high - (high - low) // 2
+            enough = _reached(bits, m, middle, SIGNED, DTYPE, BLOCK) >= k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        reached = _reached(bits, m, low, SIGNED, DTYPE, BLOCK)
+        if DENSE:
+            for start in range(0, m, BLOCK):
+                x = tl.load(bits + start + column, mask=start + column < m, other=0).to(tl.int32)
+                keep = _key(x, SIGNED, DTYPE) >= low
+                tl.store(out + row * m + start + column, tl.where(keep, x, 0), mask=start + column < m)
+    if not DENSE:
+        tl.store(out + row, tl.where(reached >= k, _value(low, DTYPE), 0.0))
