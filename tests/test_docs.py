@@ -35,8 +35,15 @@ def test_options_in_the_docs_exist(page):
         command = main.get_command(click.Context(main), line[0])
         assert command is not None
         known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}
+        if line[0] == "bench":
+            known |= {"--help"}.union(*map(options_of_benchmark, line[1].split()[:1]))
         for word in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line[1].split("#")[0].split("&&")[0]):
             assert word in known, f"sae {line[0]} {word}"
+
+
+def options_of_benchmark(name: str) -> set[str]:
+    code = (ROOT / "tests" / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+    return set(re.findall(r'add_argument\("(--?[a-z][a-z-]*)"', code))
 
 
 def test_links_lead_to_files():

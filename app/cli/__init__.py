@@ -23,6 +23,7 @@ _COMMANDS = {
     "runs": "List runs with their sizes.",
     "clean": "Drop a run's activations and checkpoints.",
     "app": "Open the workbench in the browser.",
+    "bench": "Measure against the peers and the machine (from a checkout).",
 }
 
 

@@ -1,0 +1,87 @@
+"""`sae bench`: what a checkout can measure, and that its training benchmark prints figures that can be compared."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+from app.cli.bench import ROOT, benchmarks
+from tests.benchmarks import train
+from tests.tiny import HOOK, planted_run
+
+SAE = str(Path(sys.executable).with_name("sae"))
+SMALL = ["--d-sae", "64", "-k", "4", "--batch", "64", "--steps", "2", "--block", "1", "--device", "cpu"]
+
+
+def sae(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SAE, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_all_benchmarks_are_listed_with_what_they_measure(tmp_path):
+    done = sae("bench", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for file in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        assert file.stem in done.stdout
+    assert "The training step beside SAELens'" in done.stdout
+
+
+def test_an_unknown_benchmark_is_one_line_that_names_the_others(tmp_path):
+    done = sae("bench", "speed", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "no benchmark 'speed': expected one of capture, " in done.stderr
+
+
+def test_without_a_checkout_it_says_where_the_benchmarks_are(tmp_path):
+    with pytest.raises(click.ClickException, match="clone the repository"):
+        benchmarks(tmp_path)
+
+
+def test_options_reach_the_benchmark_wherever_it_is_started(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("raise SystemExit('the wrong tests')\n")
+    done = sae("bench", "train", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--dead-frac" in done.stdout
+
+
+def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, object]]:
+    train.main([*SMALL, *arguments])
+    return {row["part"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+
+
+@pytest.mark.parametrize("arch", ["topk", "jumprelu"])
+def test_our_step_ends_where_the_dense_reference_ends(capsys, arch):
+    synthetic = ["--arch", arch, "--d-in", "16", "--rows", "2048", "--extra-steps", "100"]
+    found = lines(capsys, "--peers", "ours,dense", *synthetic)
+    ours, dense = found["ours"], found["dense"]
+    assert ours["n_steps"] == 106
+    assert 0.1 < dense["fvu"] < 0.9, "nothing was learned, so nothing is compared"
+    assert ours["fvu_x_dense"] == pytest.approx(1.0, abs=0.01)
+    assert ours["l0"] == pytest.approx(dense["l0"], rel=0.05)
+    assert found["roofline"]["gemm_ms"] < found["roofline"]["sparse_ms"] < found["roofline"]["dense_ms"]
+
+
+def test_reviving_dead_latents_is_part_of_both_steps(capsys):
+    found = lines(capsys, "--peers", "ours,dense", "--d-in", "16", "--rows", "1024", "--dead-frac", "0.5")
+    assert found["ours"]["dead"] >= 0.5
+    assert found["ours"]["fvu_x_dense"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_peer_that_is_not_there_or_lacks_the_architecture_is_left_out_in_one_line(capsys):
+    peers = ["--peers", "ours,sparsify", "--arch", "jumprelu", "--d-in", "16", "--rows", "1024"]
+    found = lines(capsys, *peers)
+    assert "step_ms" in found["ours"]
+    assert "sparsify" in found["sparsify"]["left_out"] or "jumprelu" in found["sparsify"]["left_out"]
+
+
+def test_rows_of_a_run_are_taken_as_training_takes_them(capsys, tmp_path):
+    rows = torch.randn(4096, 24, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    run = planted_run(tmp_path / "run", rows)
+    found = lines(capsys, "--peers", "ours", "--run", str(run.path), "--hook", HOOK)
+    assert found["ours"]["d_in"] == 24
+    assert found["ours"]["n_rows"] % 64 == 0
+    assert 0 < found["ours"]["fvu"] < 2
