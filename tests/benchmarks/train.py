@@ -15,7 +15,7 @@ the dense reference, our loss in plain PyTorch.
 roofline: gemm is the encoder's product alone, timed between the trainers. dense: five such products, pre-activations
 and latents written and read once, and the traffic of Adam. sparse: one product, pre-activations written and read once,
 four passes over the rows of the active latents, and Adam. peak_mib: weights, gradients, optimiser and what a step needs
-besides (on a CPU the growth of the process, which is less exact).
+besides, on a GPU; on a CPU the size of one process says nothing of the several trainers in it.
 """
 
 import argparse
@@ -116,19 +116,6 @@ def roofline(args: argparse.Namespace, gemm: float) -> Row:
     }
 
 
-def memory(device: str, since: float | None = None) -> float:
-    """MiB in use now; with `since`, an earlier answer: how far the peak since the last call was above it."""
-    if device != "cpu":
-        found = torch.cuda.memory_allocated() if since is None else torch.cuda.max_memory_allocated() - since * 2**20
-        torch.cuda.reset_peak_memory_stats()
-        return found / 2**20
-    lines = Path("/proc/self/status").read_text().splitlines()
-    name = "VmRSS" if since is None else "VmHWM"
-    found = int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
-    Path("/proc/self/clear_refs").write_text("5")
-    return found - (since or 0.0)
-
-
 class Contender:
     """A trainer with its batches and what was measured of it."""
 
@@ -138,15 +125,16 @@ class Contender:
         if setting.arch not in trainer.architectures:
             raise NotImplementedError(f"it has no {setting.arch}")
         self.name, self.args, self.seconds = name, args, list[float]()
-        before = memory(args.device)
+        before = torch.cuda.memory_allocated()
         self.peer = trainer(setting, rows[:4096])
         self.batches = feed(rows, args.batch, args.seed)
         if args.dead_frac:
             self.peer.kill(round(args.dead_frac * args.d_sae))
         self.advance(args.warmup)
-        memory(args.device)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.advance(1)
-        self.peak = memory(args.device, since=before)
+        self.peak = torch.cuda.max_memory_allocated() - before
 
     def advance(self, n: int) -> None:
         torch.set_float32_matmul_precision(self.peer.matmul_precision)
@@ -179,7 +167,7 @@ class Contender:
             "step_ms": statistics.median(times) * 1e3,
             "step_ms_quartiles": [round(times[len(times) * i // 4] * 1e3, 3) for i in (1, 3)],
             "rows_per_s": round(self.args.batch / statistics.median(times)),
-            "peak_mib": round(self.peak),
+            "peak_mib": round(self.peak / 2**20) if self.args.device == "cuda" else None,
         }
 
 
