@@ -101,25 +101,17 @@ class Optimizer:
             corrections = [1 - torch.pow(beta, self._steps.double()) for beta in self.betas]
             hyper = torch.stack([self._lr.double(), *corrections, factor.double()]).float()
             for name in self.wide:
-                adam.adam_rows(
-                    *(rows_of(name, t) for t in self._moments(name)),
-                    rows_of(name, self.sae.low[name]) if name in self.sae.low else None,
-                    hyper,
-                    betas=self.betas,
-                    eps=1e-8,
-                    unit=name in unit,
-                )
+                p, low = self._parameters[name], self.sae.low.get(name)
+                assert p.grad is not None
+                w, g, m, v = (rows_of(name, t) for t in (p.detach(), p.grad, self._mean[name], self._square[name]))
+                copy = None if low is None else rows_of(name, low)
+                adam.adam_rows(w, g, m, v, copy, hyper, self.betas, 1e-8, name in unit)
         for name in unit:
             if name not in self.wide:
                 p = self._parameters[name]
                 p.div_(p.norm(dim=1, keepdim=True))
         for p in self._parameters.values():
             p.grad = None
-
-    def _moments(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        p = self._parameters[name]
-        assert p.grad is not None
-        return p.detach(), p.grad, self._mean[name], self._square[name]
 
 
 def rows_of(name: str, tensor: Tensor) -> Tensor:

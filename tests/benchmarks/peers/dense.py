@@ -92,7 +92,7 @@ class Trainer(Peer):
         self._count_dead()
 
     def _count_dead(self) -> None:
-        self.dead = self.last_fired < self.done - self.training.dead_steps
+        self.dead = self.last_fired < self.done - self.training.dead_after / self.setting.batch
         self.n_dead = int(self.dead.sum())
 
 
