@@ -19,10 +19,11 @@ from torch import Tensor
 
 MAXIMA_TILE, MAXIMA_WARPS = 8192, 4
 """Columns and warps of a program of the first kernel."""
-ENTRIES_PER_WARP = 1024
-"""Entries that a warp of the second kernel holds at once: 32 registers a thread."""
-WHOLE_ROW = 16_384
-"""Longest row that `threshold` and `topk_dense` hold in registers; longer ones are read again for each bit."""
+CHOOSE_ENTRIES, CHOOSE_TILE = 1024, 512
+"""Maxima that a warp of the second kernel holds at once (32 registers a thread), and entries that it reads at once."""
+WHOLE_ROW, ROW_ENTRIES = 16_384, 1024
+"""Longest row that `threshold` and `topk_dense` hold in registers (longer ones are read again for each bit), and
+entries that a warp of theirs holds at once."""
 
 _DTYPES = {
     torch.bfloat16: (torch.int16, tl.bfloat16),
@@ -46,13 +47,15 @@ def topk(
     group = min(max(_power_of_2_below(d_sae // (8 * k)), 16), 64)
     n_groups = triton.cdiv(d_sae, group)
     maxima = torch.empty(n, n_groups, dtype=bits.dtype, device=pre.device)
-    tile = min(max(MAXIMA_TILE // group, 1), triton.next_power_of_2(n_groups))
+    tile = min(MAXIMA_TILE // group, triton.next_power_of_2(n_groups))
+    while tile > 32 and -n_groups % tile > n_groups // 8:
+        tile //= 2
     spans = triton.cdiv(n_groups, tile)
     values = torch.empty(n, k, dtype=torch.float32, device=pre.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=pre.device)
     capacity = min(max(triton.next_power_of_2(4 * k), 256), 4096)
     n_groups_2 = triton.next_power_of_2(n_groups)
-    warps = min(max(max(n_groups_2, capacity) // ENTRIES_PER_WARP, 1), 16)
+    warps = min(max(max(n_groups_2, capacity) // CHOOSE_ENTRIES, 1), 16)
     hits = torch.empty(n, n_groups, dtype=torch.int32, device=pre.device)
     found = torch.empty(n, 2, capacity, dtype=torch.int32, device=pre.device)
     if n:
@@ -74,7 +77,7 @@ def topk(
             SLACK=0 if bits.dtype == torch.int16 else 1 << 15,
             GROUPS=n_groups_2,
             GROUP=group,
-            TILE=max(ENTRIES_PER_WARP * warps // group, 1),
+            TILE=CHOOSE_TILE * warps // group,
             CAPACITY=capacity,
             PLACES=triton.next_power_of_2(k),
             num_warps=warps,
@@ -113,7 +116,7 @@ def _run_row(pre: Tensor, out: Tensor, k: int, signed: bool, dense: bool) -> Non
             DENSE=dense,
             WHOLE=m <= block,
             BLOCK=block,
-            num_warps=min(max(block // ENTRIES_PER_WARP, 1), 16),
+            num_warps=min(max(block // ROW_ENTRIES, 1), 16),
         )
 
 
@@ -129,11 +132,11 @@ def _power_of_2_below(n: int) -> int:
 @triton.jit
 @no_type_check
 def _key(bits, SIGNED: tl.constexpr, DTYPE: tl.constexpr):
-    """What entries are compared by: at least 0, and 0 for those that are never chosen. Bits as int32."""
+    """What entries are compared by; at most 0 for those that are never chosen. Bits as int32."""
     if SIGNED:
         return bits & (0x7FFFFFFF if DTYPE == tl.float32 else 0x7FFF)
     else:
-        return tl.maximum(bits, 0)
+        return bits
 
 
 @triton.jit
@@ -150,7 +153,7 @@ def _value(bits, DTYPE: tl.constexpr):
 @triton.jit
 @no_type_check
 def _kth(key, k, low, high, SLACK: tl.constexpr):
-    """The k-th largest key if it is in low..high (else low), or a lower bound of it by at most SLACK."""
+    """The k-th largest key if it is in low..high (else low), or a lower bound less than SLACK below it; 1 <= low."""
     while high - low > SLACK:
         middle = high - (high - low) // 2
         enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= k
@@ -191,6 +194,82 @@ def _places(take):
     rows = tl.sum(each, axis=1)
     before = tl.cumsum(rows, axis=0) - rows
     return before[:, None] + tl.cumsum(each, axis=1) - 1, tl.sum(rows, axis=0)
+
+
+@triton.jit
+@no_type_check
+def _choose_from_found(
+    found, count, values, indices, k, low, high, SIGNED: tl.constexpr, DTYPE: tl.constexpr, CAPACITY: tl.constexpr
+):
+    slot = tl.arange(0, CAPACITY)
+    x = tl.load(found + slot, mask=slot < count, other=0)
+    column = tl.load(found + CAPACITY + slot, mask=slot < count, other=0)
+    key = _key(x, SIGNED, DTYPE)
+    kth = _kth(key, k, low, high, 0)
+    n_ties = k - tl.sum((key > kth).to(tl.int32), axis=0)
+    rank = tl.cumsum((key == kth).to(tl.int32), axis=0)
+    take = (key > kth) | ((key == kth) & (rank <= n_ties))
+    place = tl.cumsum(take.to(tl.int32), axis=0) - 1
+    tl.store(values + place, _value(x, DTYPE), mask=take)
+    tl.store(indices + place, column.to(tl.int64), mask=take)
+
+
+@triton.jit
+@no_type_check
+def _choose_from_groups(
+    bits,
+    hits,
+    n_hits,
+    values,
+    indices,
+    d_sae,
+    k,
+    low,
+    high,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The long way, for more entries at or above `low` than are kept apart: a pass over their groups for each bit."""
+    while low < high:
+        middle = high - (high - low) // 2
+        enough = _reached_in_groups(bits, hits, n_hits, d_sae, middle, SIGNED, DTYPE, TILE, GROUP) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    n_ties = k - _reached_in_groups(bits, hits, n_hits, d_sae, low + 1, SIGNED, DTYPE, TILE, GROUP)
+    done = n_hits * 0
+    for start in range(0, n_hits, TILE):
+        x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+        key = _key(x, SIGNED, DTYPE)
+        rank, total = _places(key == low)
+        take = (key > low) | ((key == low) & (rank < n_ties))
+        n_ties -= total
+        place, total = _places(take)
+        place += done
+        tl.store(values + place, _value(x, DTYPE), mask=take & (place < k))
+        tl.store(indices + place, column.to(tl.int64), mask=take & (place < k))
+        done += total
+
+
+@triton.jit
+@no_type_check
+def _reached_in_groups(
+    bits,
+    hits,
+    n_hits,
+    d_sae,
+    bound,
+    SIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    count = n_hits * 0
+    for start in range(0, n_hits, TILE):
+        x, _ = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
+        count += tl.sum(tl.sum((_key(x, SIGNED, DTYPE) >= bound).to(tl.int32), axis=1), axis=0)
+    return count
 
 
 @triton.jit
@@ -243,45 +322,9 @@ def _choose(
 
     used = tl.minimum(count, k)
     if count <= CAPACITY:
-        slot = tl.arange(0, CAPACITY)
-        x = tl.load(found + slot, mask=slot < count, other=0)
-        column = tl.load(found + CAPACITY + slot, mask=slot < count, other=0)
-        key = _key(x, SIGNED, DTYPE)
-        low = _kth(key, k, low, high, 0)
-        above = key > low
-        ties = (key == low).to(tl.int32)
-        n_ties = k - tl.sum(above.to(tl.int32), axis=0)
-        take = above | ((ties > 0) & (tl.cumsum(ties, axis=0) <= n_ties))
-        place = tl.cumsum(take.to(tl.int32), axis=0) - 1
-        tl.store(values + place, _value(x, DTYPE), mask=take)
-        tl.store(indices + place, column.to(tl.int64), mask=take)
+        _choose_from_found(found, count, values, indices, k, low, high, SIGNED, DTYPE, CAPACITY)
     else:
-        while low < high:
-            middle = high - (high - low) // 2
-            reached = n_hits * 0
-            for start in range(0, n_hits, TILE):
-                x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
-                reached += tl.sum(tl.sum((_key(x, SIGNED, DTYPE) >= middle).to(tl.int32), axis=1), axis=0)
-            low = tl.where(reached >= k, middle, low)
-            high = tl.where(reached >= k, high, middle - 1)
-        above = n_hits * 0
-        for start in range(0, n_hits, TILE):
-            x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
-            above += tl.sum(tl.sum((_key(x, SIGNED, DTYPE) > low).to(tl.int32), axis=1), axis=0)
-        n_ties = k - above
-        done = n_hits * 0
-        for start in range(0, n_hits, TILE):
-            x, column = _entries(bits, hits, start, n_hits, d_sae, TILE, GROUP)
-            key = _key(x, SIGNED, DTYPE)
-            tie = key == low
-            rank, total = _places(tie)
-            take = (key > low) | (tie & (rank < n_ties))
-            n_ties -= total
-            place, total = _places(take)
-            place += done
-            tl.store(values + place, _value(x, DTYPE), mask=take & (place < k))
-            tl.store(indices + place, column.to(tl.int64), mask=take & (place < k))
-            done += total
+        _choose_from_groups(bits, hits, n_hits, values, indices, d_sae, k, low, high, SIGNED, DTYPE, TILE, GROUP)
     place = tl.arange(0, PLACES)
     unused = (place >= used) & (place < k)
     tl.store(values + place, tl.zeros([PLACES], tl.float32), mask=unused)
@@ -318,7 +361,7 @@ def _row(
     column = tl.arange(0, BLOCK)
     x = tl.load(bits + column, mask=column < m, other=0).to(tl.int32)
     key = _key(x, SIGNED, DTYPE)
-    high = tl.max(key, axis=0)
+    high = tl.maximum(tl.max(key, axis=0), 0)
     if WHOLE:
         low = _kth(key, k, high * 0 + 1, high, 0)
         reached = tl.sum((key >= low).to(tl.int32), axis=0)

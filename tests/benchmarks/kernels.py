@@ -85,7 +85,10 @@ def bench_select(size: str, n: int, d_sae: int, k: int, n_dead: int, k_aux: int)
                 twin = (pre.abs() if signed else pre.relu()).topk(k, dim=1).values.float()
                 error = difference(values.abs().sort(dim=1, descending=True).values, twin)
                 run = lambda pre=pre, signed=signed: select.topk(pre, k, signed)
-                report(size, f"topk{' signed' if signed else ''} {label}", run, gigabytes, error)
+                for entries, tile in ((1024, 1024), (1024, 256), (512, 512), (512, 256), (256, 256), (1024, 512)):
+                    select.CHOOSE_ENTRIES, select.CHOOSE_TILE = entries, tile
+                    name = f"topk{' signed' if signed else ''} {label} entries={entries} tile={tile}"
+                    report(size, name, run, gigabytes, error)
             report(size, f"torch.topk {label}", lambda pre=pre: pre.topk(k, dim=1, sorted=False), gigabytes)
             report(size, f"amax over the row (one read) {label}", lambda pre=pre: pre.amax(dim=1), gigabytes)
         dead = torch.randn(n, n_dead, device=DEVICE).to(dtype)
@@ -93,7 +96,11 @@ def bench_select(size: str, n: int, d_sae: int, k: int, n_dead: int, k_aux: int)
         bound = dead.relu().topk(k_aux, dim=1).values[:, -1:]
         twin = torch.where((dead >= bound) & (dead > 0), dead, 0)
         error = difference(select.topk_dense(dead, k_aux), twin)
-        report(size, f"topk_dense {label}", lambda: select.topk_dense(dead, k_aux), 2 * dead.nbytes / 1e9, error)
+        for entries in (1024, 2048):
+            select.ROW_ENTRIES = entries
+            name = f"topk_dense {label} entries={entries}"
+            report(size, name, lambda: select.topk_dense(dead, k_aux), 2 * dead.nbytes / 1e9, error)
+        select.ROW_ENTRIES = 1024
         error = difference(select.threshold(dead, k_aux), bound[:, 0])
         report(size, f"threshold {label}", lambda: select.threshold(dead, k_aux), dead.nbytes / 1e9, error)
         report(size, f"torch.topk of the dead {label}", lambda: dead.topk(k_aux, dim=1), dead.nbytes / 1e9)
