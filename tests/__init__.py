@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from beartype import BeartypeConf, beartype
-
 
 def check(function: Any) -> Any:
+    from beartype import BeartypeConf, beartype  # here, since the benchmarks run without it
+
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
