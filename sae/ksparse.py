@@ -15,12 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from sae import sparse
 from sae.base import SAE, Config, ConfigError, Dead, Loss, State
-from sae.dense import precision, product
+from sae.dense import pieces, precision, product
 from sae.losses import fvu
 from sae.select import topk, topk_dense
-
-CHUNK = 256 << 20
-"""Bytes of pre-activations that are there at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +57,14 @@ def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
 
 
 @torch.no_grad()
-def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """x W_enc + b_enc of `centred` x, in its precision."""
-    return product(x, sae.low.get("W_enc", sae.W_enc).to(x.dtype).T, sae.b_enc.to(x.dtype))
-
-
-@torch.no_grad()
 def choose(sae: SAE, x: Float[Tensor, "n d_in"], k: int, dead: Dead | None) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
     among `dead`."""
     parts = []
-    for rows in x.split(max(CHUNK // (x.element_size() * sae.d_sae), 1)):
-        pre = pre_activations(sae, rows)
+    for pre in pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
         dead_z = None
         if dead is not None:
-            dead_pre = pre.index_select(1, dead.latents) * dead.real
-            dead_z = topk_dense(dead_pre, min(n_places(sae), len(dead.latents)), sae.signed)
+            dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
         parts.append(Codes(*topk(pre, k, sae.signed), dead_z))
     if len(parts) == 1:
         return parts[0]
@@ -108,7 +97,9 @@ def loss(
     x = centred(sae, x)
     codes = choose(sae, x, state.k or k, dead)
     with torch.autocast(x.device.type, enabled=False):
-        x_hat, e_hat = _Reconstruct.apply(codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.low)
+        x_hat, e_hat = _Reconstruct.apply(
+            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.low, sae.signed
+        )
         error = target - x_hat
         main = fvu(error, target)
         aux = error.new_zeros(())
@@ -138,15 +129,16 @@ class _Reconstruct(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         low: dict[str, Tensor],
+        signed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         del b_enc  # here for its gradient
         W = low.get("W_dec", W_dec)
         x_hat = sparse.decode(codes.values, codes.indices, W) + b_dec
         e_hat = None
         if dead is not None and codes.dead_z is not None:
-            e_hat = (codes.dead_z @ W[dead.latents].to(codes.dead_z.dtype)).float()
+            e_hat = product(codes.dead_z, W[dead.latents].T)
         ctx.save_for_backward(x, low.get("W_enc", W_enc), W)
-        ctx.codes, ctx.dead = codes, dead
+        ctx.codes, ctx.dead, ctx.signed = codes, dead, signed
         return x_hat, e_hat
 
     @staticmethod
@@ -161,9 +153,12 @@ class _Reconstruct(torch.autograd.Function):
         grad_W_enc, grad_b_enc = sparse.rows(grad_values, order, starts, x.to(W_dec.dtype))
         if dead is not None and grad_dead is not None:
             low = grad_dead.to(z.dtype)
-            grad_z = (low @ W_dec[dead.latents].to(z.dtype).T).mul_(z != 0)
-            grad_W_dec.index_add_(0, dead.latents, (z.T @ low).float())
-            grad_W_enc.index_add_(0, dead.latents, (grad_z.T @ x).float())
+            # In place of grad_z * (z != 0), in one pass.
+            grad_z = torch.ops.aten.threshold_backward(
+                product(low, W_dec[dead.latents]), z.abs() if ctx.signed else z, 0
+            )
+            grad_W_dec.index_add_(0, dead.latents, product(z.T, low.T, out=torch.float32))
+            grad_W_enc.index_add_(0, dead.latents, product(grad_z.T, x.T, out=torch.float32))
             grad_b_enc.index_add_(0, dead.latents, grad_z.sum(dim=0, dtype=torch.float32))
         grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(W_enc.dtype)).float()
-        return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None
+        return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None, None

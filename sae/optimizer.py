@@ -85,13 +85,12 @@ class Optimizer:
         squares = []
         for name, p in self._parameters.items():
             assert p.grad is not None, name
-            on_sphere = name in unit
             if name in self.wide:
-                squares.append(adam.squares(rows_of(name, p.grad), rows_of(name, p) if on_sphere else None))
+                squares.append(adam.squares(rows_of(name, p.grad)))
                 continue
-            if on_sphere:
-                p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
             squares.append(p.grad.square().sum())
+            if name in unit:
+                p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
         self.norm.copy_(torch.stack(squares).sum().sqrt())
         factor = (self.clip / self.norm).clamp(max=1.0)
         self._adam.grad_scale = 1 / factor  # type: ignore[attr-defined]  # torch's fused Adam divides by it

@@ -1,19 +1,20 @@
 """Choosing which latents stay: pure functions of pre-activations. None carries gradient (see
 `sae.ksparse`); values come out in float32 whatever the precision of the product.
 
-Among equal values the lowest index comes first; entries that are 0 (or below, of a TopK) are never chosen, their places
-are left unused.
+Among equal values the lowest index comes first. Entries that are 0 (a TopK's: or below) are never chosen: their places
+stay unused.
 """
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sae import kernels
-from sae.sparse import nonzero, starts_of, to_table
+from sae.sparse import at_places, nonzero, to_table
 
 GROUP = 32
-"""Neighbouring latents whose maximum is looked at first."""
+"""Neighbouring latents of which the maximum is looked at first."""
 
 
 def topk(
@@ -30,40 +31,45 @@ def topk(
     return values.copysign(pre.gather(1, indices).float()), indices
 
 
-def topk_dense(pre: Float[Tensor, "n m"], k: int, signed: bool = False) -> Float[Tensor, "n m"]:
-    """Each row with all but its k largest entries above 0 (signed: by magnitude) set to 0; equals of the last stay."""
+def topk_dense(
+    pre: Float[Tensor, "n d_sae"],
+    k: int,
+    signed: bool,
+    columns: Int[Tensor, " m"],
+    real: Bool[Tensor, " m"],
+) -> Float[Tensor, "n m"]:
+    """The columns of pre that are named, all but the k largest entries above 0 of a row (signed: by magnitude) set to
+    0; equals of the last stay. Columns that are not `real` are 0."""
     if kernels.available(pre):
         from sae.kernels import select
 
-        return select.topk_dense(pre, k, signed)
-    size = pre.abs() if signed else pre
-    least = size.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    return pre * ((size >= least) & (size > 0))
+        return select.topk_dense(pre, k, signed, columns, real)
+    x = pre.index_select(1, columns).mul_(real)
+    size = x.abs() if signed else x.relu_()
+    if k == len(columns):
+        return x
+    return x.masked_fill_(size < size.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True), 0.0)
 
 
 def _largest(x: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """`topk`. The k-th largest maximum of groups bounds the k-th largest entry from below, and few entries reach it."""
+    """As `topk`. The k-th largest maximum of groups bounds the k-th largest entry from below, and few entries reach it,
+    so that no more than the maxima need to be ranked."""
     n, m = x.shape
     groups = (pad(x, (0, -m % GROUP)) if m % GROUP else x).unflatten(1, (-1, GROUP))
     maxima = groups.amax(dim=2)
-    bound = maxima.new_zeros(n, 1)
-    if k <= maxima.shape[1]:
-        bound = maxima.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    at = ((maxima >= bound) & (maxima > 0)).flatten().nonzero().squeeze(1)
-    entries, row = groups.flatten(0, 1).index_select(0, at), at // maxima.shape[1]
-    found = nonzero((entries >= bound.index_select(0, row)) & (entries > 0))
-    group = found // GROUP
-    columns = at.index_select(0, group) % maxima.shape[1] * GROUP + found % GROUP
-    values, indices = to_table(
-        entries.flatten().index_select(0, found),
-        columns,
-        starts_of(row.index_select(0, group), n),
-        m,
-        at_least=k,
-    )
+    n_groups = maxima.shape[1]
+    bound = maxima.new_full((n, 1), torch.finfo(x.dtype).tiny)  # above 0
+    if k <= n_groups:
+        bound = torch.maximum(bound, maxima.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
+    group = nonzero(maxima >= bound)
+    members = groups.flatten(0, 1).index_select(0, group)
+    found = nonzero(members >= bound.index_select(0, group // n_groups))
+    places = (group * GROUP).index_select(0, found // GROUP) + found % GROUP
+    chosen = at_places(places, members.flatten().index_select(0, found), (n, n_groups * GROUP))
+    values, indices = to_table(chosen, m, at_least=k)
     if values.shape[1] == k:
         return values, indices
     least = values.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above, equal = values > least, values == least
-    keep = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
-    return values.masked_select(keep).view(n, k), indices.masked_select(keep).view(n, k)
+    kept = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+    return values.masked_select(kept).view(n, k), indices.masked_select(kept).view(n, k)

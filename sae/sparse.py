@@ -6,6 +6,7 @@ sums a few rows of the batch for each latent, once the entries are sorted by lat
 Names: n rows, k places a row. An unused place holds value 0 and any index. `Ragged` codes have no unused places.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sae import kernels
+
+# Torch says once a process that sparse CSR tensors are in beta; what we use of them is tested against the dense form.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 class Ragged(NamedTuple):
@@ -32,8 +36,7 @@ def to_dense(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: i
 def to_sparse(z: Float[Tensor, "n d_sae"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The sparse form of dense codes, indices ascending; k is the largest L0 of the rows, at least 1."""
     places = nonzero(z != 0)
-    rows, columns = places // z.shape[1], places % z.shape[1]
-    return to_table(z.flatten()[places], columns, starts_of(rows, len(z)), z.shape[1])
+    return to_table(at_places(places, z.flatten()[places], z.shape), z.shape[1])
 
 
 def fired(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int) -> Bool[Tensor, " d_sae"]:
@@ -133,13 +136,7 @@ def dots_at(a: Float[Tensor, "n d"], b: Float[Tensor, "columns d"], places: Ragg
 
 def nonzero(mask: Bool[Tensor, "n m"]) -> Int[Tensor, " places"]:
     """Places of the mask's true entries in its flat form, ascending."""
-    flat = mask.flatten()
-    if len(flat) % 8:
-        return flat.nonzero().squeeze(1)
-    # Few are true: look for eight at a time.
-    words = flat.view(torch.int64).nonzero().squeeze(1)
-    found = flat.view(-1, 8)[words].flatten().nonzero().squeeze(1)
-    return words[found // 8] * 8 + found % 8
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def starts_of(rows: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1"]:
@@ -149,16 +146,26 @@ def starts_of(rows: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n_and_1"]:
     return starts
 
 
-def to_table(
-    values: Float[Tensor, " entries"],
-    columns: Int[Tensor, " entries"],
-    starts: Int[Tensor, " n_and_1"],
-    n_columns: int,
-    at_least: int = 1,
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def at_places(places: Int[Tensor, " entries"], values: Float[Tensor, " entries"], shape: tuple[int, ...]) -> Ragged:
+    """Codes from the places of their entries, ascending, in the flat form of a matrix of this shape."""
+    n, m = shape
+    firsts = torch.arange(0, n * m + 1, m, device=places.device)
+    starts = torch.searchsorted(places, firsts)
+    return Ragged(values, places - firsts[:-1].repeat_interleave(starts.diff(), output_size=len(places)), starts)
+
+
+def to_table(codes: Ragged, n_columns: int, at_least: int = 1) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Ragged codes as (values, indices); k is the longest row, or `at_least`. Unused places come last in their row."""
-    lengths = starts.diff()
+    lengths = codes.starts.diff()
     width = max(int(lengths.max()), at_least) if len(lengths) else at_least
-    used = torch.arange(width, device=values.device) < lengths[:, None]
-    table = values.new_zeros(used.shape).masked_scatter_(used, values)
-    return table, columns.new_full(used.shape, n_columns - 1).masked_scatter_(used, columns)
+    used = torch.arange(width, device=lengths.device) < lengths[:, None]
+    values = codes.values.new_zeros(used.shape).masked_scatter_(used, codes.values)
+    return values, codes.columns.new_full(used.shape, n_columns - 1).masked_scatter_(used, codes.columns)
+
+
+def encoder_gradients(
+    grad: Ragged, x: Float[Tensor, "n d"], W_enc: Float[Tensor, "d d_sae"]
+) -> tuple[Float[Tensor, "d d_sae"], Float[Tensor, " d_sae"], Float[Tensor, " d"]]:
+    """Of W_enc, b_enc and b_dec, from the gradient of entries of x @ W_enc + b_enc; x has b_dec taken out."""
+    grad_b = W_enc.new_zeros(W_enc.shape[1]).index_add_(0, grad.columns, grad.values)
+    return row_sums(transposed(grad, W_enc.shape[1]), x).T, grad_b, -(W_enc @ grad_b)

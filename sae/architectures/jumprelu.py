@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae.base import SAE, Config, ConfigError, Loss, State
-from sae.dense import product
+from sae.dense import pieces, product
 from sae.jump import jump, jump_backward
-from sae.ksparse import centred, pre_activations
+from sae.ksparse import centred
 from sae.losses import fvu
-from sae.sparse import to_sparse
+from sae.sparse import Ragged, at_places, dots_at, encoder_gradients, nonzero, row_sums, to_table, transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,14 @@ class JumpReLUSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         with torch.no_grad():
-            return to_sparse(jump(pre_activations(self, centred(self, x)).float(), self.threshold)[0])
+            W_enc = self.low.get("W_enc", self.W_enc)
+            return to_table(_above(centred(self, x), W_enc, self.b_enc, self.threshold), self.d_sae)
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
         x = centred(self, x)
         with torch.autocast(x.device.type, enabled=False):
-            x_hat, l0, fired = _Reconstruct.apply(
+            reconstruct = _SparseReconstruct if x.device.type == "cpu" else _Reconstruct
+            x_hat, l0, fired = reconstruct.apply(
                 x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, self.low, self.cfg.bandwidth
             )
             main = fvu(target - x_hat, target)
@@ -78,7 +80,7 @@ class JumpReLUSAE(SAE):
         super().initialise(x, seed)
         share = min(self.cfg.start_l0 * self.cfg.target_l0 / self.d_sae, 0.5)
         with torch.no_grad():
-            pre = pre_activations(self, centred(self, x)).float()
+            pre = product(centred(self, x), self.W_enc.T, self.b_enc).float()
             self.threshold.copy_(pre.kthvalue(max(round((1 - share) * len(pre)), 1), dim=0).values.clamp(min=0.0))
 
     @torch.no_grad()
@@ -125,3 +127,63 @@ class _Reconstruct(torch.autograd.Function):
         grad_W_enc = product(grad_pre.T, x.T, out=torch.float32).T
         grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(x.dtype)).float()
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
+
+
+class _SparseReconstruct(torch.autograd.Function):
+    """As `_Reconstruct`, from the few entries that are on or near their threshold: a CPU's way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        low: dict[str, Tensor],
+        bandwidth: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del low  # kept on GPUs only
+        pre = _above(x, W_enc, b_enc, threshold - bandwidth / 2)
+        at = threshold.index_select(0, pre.columns)
+        on = pre.values > at
+        z = _kept(pre, on)
+        ctx.save_for_backward(x, W_enc, threshold, W_dec, *pre, at, on, *z)
+        ctx.bandwidth = bandwidth
+        fired = torch.bincount(z.columns, minlength=len(threshold)) > 0
+        ctx.mark_non_differentiable(fired)
+        return row_sums(z, W_dec) + b_dec, on.sum() / len(x), fired
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_l0: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, threshold, W_dec, *entries = ctx.saved_tensors
+        pre, z, grad = Ragged(*entries[:3]), Ragged(*entries[5:]), grad.contiguous()
+        at, on = entries[3:5]
+        grad_z = dots_at(grad, W_dec, pre)
+        near = ((pre.values - at).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        step = near * (grad_z * at + grad_l0 / len(x))
+        grad_threshold = torch.zeros_like(threshold).index_add_(0, pre.columns, step, alpha=-1)
+        grad_W_enc, grad_b_enc, of_centre = encoder_gradients(pre._replace(values=grad_z * on + step), x.float(), W_enc)
+        grad_W_dec = row_sums(transposed(z, len(W_dec)), grad)
+        grad_b_dec = grad.sum(dim=0) + of_centre
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
+
+
+def _above(x: Tensor, W_enc: Tensor, b_enc: Tensor, least: Tensor) -> Ragged:
+    """The entries of x W_enc + b_enc above `least` (d_sae). No gradient."""
+    values, places, first = [], [], 0
+    for pre in pieces(x, W_enc.T, b_enc):
+        found = nonzero(pre > least)
+        values.append(pre.flatten().index_select(0, found).float())
+        places.append(found + first)
+        first += pre.numel()
+    return at_places(torch.cat(places), torch.cat(values), (len(x), len(b_enc)))
+
+
+def _kept(entries: Ragged, keep: Tensor) -> Ragged:
+    """Those entries alone for which `keep`."""
+    before = torch.zeros(len(keep) + 1, dtype=torch.long, device=keep.device)
+    torch.cumsum(keep, 0, out=before[1:])
+    return Ragged(entries.values.masked_select(keep), entries.columns.masked_select(keep), before[entries.starts])

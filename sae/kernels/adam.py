@@ -57,13 +57,13 @@ def adam_rows(
     )
 
 
-def squares(g: Float[Tensor, "d_sae d"], w: Float[Tensor, "d_sae d"] | None = None) -> Float[Tensor, ""]:
-    """Sum of squares of g, after taking out of each row its part along the row of w (of norm 1) if given; float32."""
-    assert all(x is None or x.is_contiguous() for x in (g, w))
+def squares(g: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]:
+    """Sum of squares of g, in float32, the same at each call (torch's own sum of so many is slower)."""
+    assert g.is_contiguous()
     d_sae, d = g.shape
     rows, block, warps = _tile(d)
     parts = torch.empty(triton.cdiv(d_sae, rows * STRIP), dtype=torch.float32, device=g.device)
-    _squares[(len(parts),)](g, w, parts, d_sae, d, STRIP=STRIP, ROWS=rows, BLOCK=block, num_warps=warps)
+    _squares[(len(parts),)](g, parts, d_sae, d, STRIP=STRIP, ROWS=rows, BLOCK=block, num_warps=warps)
     return parts.sum()
 
 
@@ -122,7 +122,7 @@ def _adam(
 
 @triton.jit
 @no_type_check
-def _squares(g, w, parts, n_rows, d, STRIP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _squares(g, parts, n_rows, d, STRIP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(0, STRIP):
@@ -130,8 +130,5 @@ def _squares(g, w, parts, n_rows, d, STRIP: tl.constexpr, ROWS: tl.constexpr, BL
         at = row.to(tl.int64)[:, None] * d + column[None, :]
         inside = (row < n_rows)[:, None] & (column < d)[None, :]
         grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-        if w is not None:
-            weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
-            grad -= tl.sum(grad * weight, axis=1)[:, None] * weight
         total += grad * grad
     tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))

@@ -14,7 +14,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MAXIMA_TILE, MAXIMA_WARPS = 8192, 4
@@ -22,7 +22,7 @@ MAXIMA_TILE, MAXIMA_WARPS = 8192, 4
 CHOOSE_ENTRIES, CHOOSE_TILE = 1024, 512
 """Maxima that a warp of the second kernel holds at once (32 registers a thread), and entries that it reads at once."""
 WHOLE_ROW, ROW_ENTRIES = 16_384, 1024
-"""Longest row that `threshold` and `topk_dense` hold in registers (longer ones are read again for each bit), and
+"""Longest row that `topk_dense` holds in registers (longer ones are read again for each bit), and
 entries that a warp of theirs holds at once."""
 
 _DTYPES = {
@@ -85,39 +85,37 @@ def topk(
     return values, indices
 
 
-def threshold(pre: Float[Tensor, "n m"], k: int, signed: bool = False) -> Float[Tensor, " n"]:
-    """The k-th largest entry of each row (signed: magnitude), 0 where fewer than k are positive."""
-    out = torch.empty(pre.shape[0], dtype=torch.float32, device=pre.device)
-    _run_row(pre, out, k, signed, dense=False)
-    return out
-
-
-def topk_dense(pre: Float[Tensor, "n m"], k: int, signed: bool = False) -> Float[Tensor, "n m"]:
-    """Each row with all but its k largest positive entries (signed: by magnitude) set to 0; equals of the k-th stay."""
-    out = torch.empty_like(pre)
-    _run_row(pre, _bits(out)[0], k, signed, dense=True)
-    return out
-
-
-def _run_row(pre: Tensor, out: Tensor, k: int, signed: bool, dense: bool) -> None:
+def topk_dense(
+    pre: Float[Tensor, "n d_sae"],
+    k: int,
+    signed: bool,
+    columns: Int[Tensor, " m"],
+    real: Bool[Tensor, " m"],
+) -> Float[Tensor, "n m"]:
+    """The columns of pre that are named, all but the k largest positive entries of a row (signed: by magnitude) set to
+    0; equals of the k-th stay. Columns that are not `real` are 0."""
     assert pre.is_contiguous()
-    assert 0 < k <= pre.shape[1]
-    n, m = pre.shape
+    assert 0 < k <= len(columns)
+    n, m = len(pre), len(columns)
+    out = torch.empty(n, m, dtype=pre.dtype, device=pre.device)
     bits, dtype = _bits(pre)
     block = min(triton.next_power_of_2(m), WHOLE_ROW)
     if n:
         _row[(n,)](
             bits,
-            out,
+            _bits(out)[0],
+            columns,
+            real,
+            pre.shape[1],
             m,
             k,
             SIGNED=signed,
             DTYPE=dtype,
-            DENSE=dense,
             WHOLE=m <= block,
             BLOCK=block,
             num_warps=min(max(block // ROW_ENTRIES, 1), 16),
         )
+    return out
 
 
 def _bits(x: Tensor) -> tuple[Tensor, tl.dtype]:
@@ -333,12 +331,21 @@ def _choose(
 
 @triton.jit
 @no_type_check
-def _reached(bits, m, bound, SIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _named(bits, columns, real, start, m, BLOCK: tl.constexpr):
+    """Bits of BLOCK of the named columns of a row, as int32; 0 for those that are not real."""
+    at = start + tl.arange(0, BLOCK)
+    column = tl.load(columns + at, mask=at < m, other=0)
+    used = tl.load(real + at, mask=at < m, other=0) != 0
+    return tl.load(bits + column, mask=used & (at < m), other=0).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _reached(bits, columns, real, m, bound, SIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """How many entries of a row of any length are at least `bound`."""
     count = bound * 0
     for start in range(0, m, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(bits + column, mask=column < m, other=0).to(tl.int32)
+        x = _named(bits, columns, real, start, m, BLOCK)
         count += tl.sum((_key(x, SIGNED, DTYPE) >= bound).to(tl.int32), axis=0)
     return count
 
@@ -348,40 +355,37 @@ def _reached(bits, m, bound, SIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: t
 def _row(
     bits,
     out,
+    columns,
+    real,
+    width,
     m,
     k,
     SIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
-    DENSE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    bits += row * m
-    column = tl.arange(0, BLOCK)
-    x = tl.load(bits + column, mask=column < m, other=0).to(tl.int32)
+    bits += row * width
+    out += row * m
+    x = _named(bits, columns, real, 0, m, BLOCK)
     key = _key(x, SIGNED, DTYPE)
     high = tl.maximum(tl.max(key, axis=0), 0)
+    column = tl.arange(0, BLOCK)
     if WHOLE:
         low = _kth(key, k, high * 0 + 1, high, 0)
-        reached = tl.sum((key >= low).to(tl.int32), axis=0)
-        if DENSE:
-            tl.store(out + row * m + column, tl.where(key >= low, x, 0), mask=column < m)
+        tl.store(out + column, tl.where(key >= low, x, 0), mask=column < m)
     else:
         for start in range(BLOCK, m, BLOCK):
-            x = tl.load(bits + start + column, mask=start + column < m, other=0).to(tl.int32)
-            high = tl.maximum(high, tl.max(_key(x, SIGNED, DTYPE), axis=0))
+            more = _named(bits, columns, real, start, m, BLOCK)
+            high = tl.maximum(high, tl.max(_key(more, SIGNED, DTYPE), axis=0))
         low = high * 0 + 1
         while low < high:
             middle = high - (high - low) // 2
-            enough = _reached(bits, m, middle, SIGNED, DTYPE, BLOCK) >= k
+            enough = _reached(bits, columns, real, m, middle, SIGNED, DTYPE, BLOCK) >= k
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle - 1)
-        reached = _reached(bits, m, low, SIGNED, DTYPE, BLOCK)
-        if DENSE:
-            for start in range(0, m, BLOCK):
-                x = tl.load(bits + start + column, mask=start + column < m, other=0).to(tl.int32)
-                keep = _key(x, SIGNED, DTYPE) >= low
-                tl.store(out + row * m + start + column, tl.where(keep, x, 0), mask=start + column < m)
-    if not DENSE:
-        tl.store(out + row, tl.where(reached >= k, _value(low, DTYPE), 0.0))
+        for start in range(0, m, BLOCK):
+            entry = _named(bits, columns, real, start, m, BLOCK)
+            kept = tl.where(_key(entry, SIGNED, DTYPE) >= low, entry, 0)
+            tl.store(out + start + column, kept, mask=start + column < m)

@@ -91,18 +91,13 @@ def bench_select(size: str, n: int, d_sae: int, k: int, n_dead: int, k_aux: int)
                     report(size, name, run, gigabytes, error)
             report(size, f"torch.topk {label}", lambda pre=pre: pre.topk(k, dim=1, sorted=False), gigabytes)
             report(size, f"amax over the row (one read) {label}", lambda pre=pre: pre.amax(dim=1), gigabytes)
-        dead = torch.randn(n, n_dead, device=DEVICE).to(dtype)
-        label = str(dtype)[6:]
+        pre = torch.randn(n, d_sae, device=DEVICE).to(dtype)
+        columns = torch.randperm(d_sae, device=DEVICE)[:n_dead].sort().values
+        real, dead, label = columns >= 0, pre[:, columns], str(dtype)[6:]
         bound = dead.relu().topk(k_aux, dim=1).values[:, -1:]
         twin = torch.where((dead >= bound) & (dead > 0), dead, 0)
-        error = difference(select.topk_dense(dead, k_aux), twin)
-        for entries in (1024, 2048):
-            select.ROW_ENTRIES = entries
-            name = f"topk_dense {label} entries={entries}"
-            report(size, name, lambda: select.topk_dense(dead, k_aux), 2 * dead.nbytes / 1e9, error)
-        select.ROW_ENTRIES = 1024
-        error = difference(select.threshold(dead, k_aux), bound[:, 0])
-        report(size, f"threshold {label}", lambda: select.threshold(dead, k_aux), dead.nbytes / 1e9, error)
+        run = lambda pre=pre, columns=columns, real=real: select.topk_dense(pre, k_aux, False, columns, real)
+        report(size, f"topk_dense {label}", run, 2 * dead.nbytes / 1e9, difference(run(), twin))
         report(size, f"torch.topk of the dead {label}", lambda: dead.topk(k_aux, dim=1), dead.nbytes / 1e9)
 
 
@@ -175,8 +170,6 @@ def bench_adam(size: str, d: int, d_sae: int) -> None:
     optimizer.step()
     twin.data /= twin.data.norm(dim=1, keepdim=True)
     m, v, low = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w, dtype=torch.bfloat16)
-    error = difference(adam.squares(g, w), twin.grad.double().square().sum())
-    report(size, "squares, w given", lambda: adam.squares(g, w), 2 * gigabytes, error)
     report(size, "squares", lambda: adam.squares(g), gigabytes, difference(adam.squares(g), g.double().square().sum()))
     report(size, "torch g.square().sum()", lambda: g.square().sum(), gigabytes)
     adam.adam_rows(w, g, m, v, low, hyper, betas, eps, unit=True)

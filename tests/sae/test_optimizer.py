@@ -30,10 +30,10 @@ def test_it_is_adam_on_the_sphere_after_clipping_the_whole_gradient(size):
         gradients(ours, step, size)
         optimizer.step()
         gradients(theirs, step, size)
-        W = theirs.W_dec.detach()
-        theirs.W_dec.grad -= (theirs.W_dec.grad * W).sum(dim=1, keepdim=True) * W
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         torch.testing.assert_close(optimizer.norm, norm)
+        W = theirs.W_dec.detach()
+        theirs.W_dec.grad -= (theirs.W_dec.grad * W).sum(dim=1, keepdim=True) * W
         adam.step()
         theirs.W_dec.data /= theirs.W_dec.data.norm(dim=1, keepdim=True)
     for name, p in ours.named_parameters():
