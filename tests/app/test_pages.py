@@ -12,7 +12,7 @@ from tests.app.conftest import BARE, EMPTY, FULL, N_FEATURES, SIGNED, html_of
 OpenPage = Callable[..., AppTest]
 FULL_URL = {"run": "demo", "dictionary": FULL}
 SIGNED_URL = {"run": "demo", "dictionary": SIGNED}
-PAGES = ["features", "feature", "steer"]
+PAGES = ["features", "feature", "steer", "training"]
 
 
 # Overview
