@@ -98,14 +98,21 @@ def test_tensorboard_draws_the_log_once_over_a_resume(run):
 def test_wandb_offline_holds_the_whole_curve_after_a_resume(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = break_off(run, settings(), 60, track=["wandb"])
-    train(run, settings(), name="a", track=["wandb"])
+    for call in (
+        "break_off(run, settings(), 60, track=['wandb'])",
+        "train(run, settings(), name='a', track=['wandb'])",
+    ):
+        code = f"import sys; from tests.sae.test_monitor import *; run = Run.open(sys.argv[1]); {call}"
+        # a process each: its service forgets a run that was finished in the same process
+        done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    folder = run.dictionary("a")
     (offline,) = (folder / "wandb").glob("offline-run-*")
     assert _wandb_history(next(offline.glob("*.wandb"))) == [(line["step"], line["fvu"]) for line in log_of(folder)]
 
 
 def _wandb_history(path: Path) -> list[tuple[int, float]]:
-    """(step, FVU) of each line in a .wandb file: 7 bytes, then blocks of 32 KiB of records as LevelDB's log has them."""
+    """(step, FVU) of each line in a .wandb file: 7 bytes, then blocks of 32 KiB of records as in LevelDB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, found = path.read_bytes(), 7, b"", []
