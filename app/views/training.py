@@ -11,9 +11,10 @@ from app import figures
 from app.figures import Series
 from app.parts import notices
 from app.parts.markup import esc
+from app.parts.overview import next_for_run
 from app.parts.pickers import no_dictionaries
 from app.parts.training import trainings_html
-from app.runs import RunFolder, list_runs, runs_root, sae, shown_path
+from app.runs import RunFolder, list_runs, runs_root, shown_path
 from app.trainings import TRAINING, TrainingFolder, trainings
 
 SECONDS = 3.0
@@ -44,8 +45,8 @@ def page() -> None:
         return
     found = trainings(run)
     if not found:
-        command = ("train", run.address, "--arch", "topk") if run.hooks else ("collect", run.address)
-        notices.empty("Nothing has been trained here yet", f"{run.address} has no dictionary begun.", sae(*command))
+        why = f"{run.address} has no dictionary begun."
+        notices.empty("Nothing has been trained here yet", why, next_for_run(run))
         return
     names = [each.name for each in found]
     first = sorted(names, key=lambda name: found[names.index(name)].state != TRAINING)[:SHOWN_AT_FIRST]
