@@ -5,13 +5,16 @@ Bars left of zero are blue and bars right of it orange, as in the token strips.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from app.theme import NEGATIVE_BAR, POSITIVE_BAR
+from app.theme import NEGATIVE_BAR, POSITIVE_BAR, SERIES
 
 HEIGHT = 236
 CONFIG = {"displayModeBar": False}
+_DASHES = ("solid", "dash", "dot")
+MAX_SERIES = len(SERIES) * len(_DASHES)
 
 
 def activation_histogram(edges: Sequence[float], counts: Sequence[int]) -> go.Figure:
@@ -46,6 +49,50 @@ def histogram_alt(what: str, edges: Sequence[float], counts: Sequence[int]) -> s
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart. name: escaped already, Plotly reads a part of HTML. colour: of `app.theme.SERIES`."""
+
+    name: str
+    colour: int
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def curves(lines: Sequence[Series], *, form: str, log: bool = False) -> go.Figure:
+    """A figure of several trainings over the tokens they visited. form: of a value, as d3 writes it."""
+    hover = f"%{{fullData.name}}<br>%{{y:{form}}} at %{{x:.3s}} tokens<extra></extra>"
+    traces = [
+        go.Scatter(
+            x=list(line.x),
+            y=list(line.y),
+            name=line.name,
+            mode="lines" if len(line.x) > 1 else "markers",
+            line={
+                "color": SERIES[line.colour % len(SERIES)],
+                "width": 1.8,
+                "dash": _DASHES[line.colour // len(SERIES)],
+            },
+            hovertemplate=hover,
+        )
+        for line in lines
+    ]
+    figure = go.Figure(data=traces, layout=_layout())
+    figure.update_xaxes(title="tokens", tickformat="~s", rangemode="tozero")
+    figure.update_yaxes(tickformat=form, nticks=5, type="log" if log else "linear")
+    if log:
+        figure.update_yaxes(dtick="D2", minor={"showgrid": False}, tickformat="~g")
+    else:
+        figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def curves_alt(what: str, lines: Sequence[Series], form: str) -> str:
+    """The chart in words: where each line begins and ends."""
+    said = (f"{line.name} from {line.y[0]:{form}} to {line.y[-1]:{form}}" for line in lines if line.y)
+    return f"{what} over tokens: {'; '.join(said) or 'nothing yet'}."
+
+
 def _histogram(edges: Sequence[float], counts: Sequence[int], hover: str) -> go.Figure:
     centres = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
     bars = go.Bar(
@@ -56,7 +103,11 @@ def _histogram(edges: Sequence[float], counts: Sequence[int], hover: str) -> go.
         marker={"color": [NEGATIVE_BAR.light if x < 0 else POSITIVE_BAR.light for x in centres], "line": {"width": 0}},
         hovertemplate=hover,
     )
-    layout = go.Layout(
+    return go.Figure(data=[bars], layout=_layout())
+
+
+def _layout() -> go.Layout:
+    return go.Layout(
         height=HEIGHT,
         margin={"l": 8, "r": 8, "t": 4, "b": 8},
         bargap=0.08,
@@ -67,7 +118,6 @@ def _histogram(edges: Sequence[float], counts: Sequence[int], hover: str) -> go.
         xaxis={"zeroline": False, "showgrid": False, "automargin": True, "nticks": 6},
         yaxis={"zeroline": False, "automargin": True},
     )
-    return go.Figure(data=[bars], layout=layout)
 
 
 def _log10(count: int) -> float:

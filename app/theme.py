@@ -26,6 +26,8 @@ NEGATIVE = Tone("#74b8f7", "#1f5fbf")
 POSITIVE_BAR = Tone("#e07b12", "#ee9440")
 """In charts and bars, beside paper."""
 NEGATIVE_BAR = Tone("#2f7fd0", "#62aaf0")
+SERIES = ("#2f7fd0", "#e07b12", "#159a92", "#a866d6", "#d0487d", "#8b8f1f", "#8a97a6", "#b5714a")
+"""Lines of a chart, in both modes: each stands out on either paper."""
 
 _VARIABLES = {
     "paper": PAPER,
@@ -52,7 +54,8 @@ ICON = (
 def css_variables() -> str:
     """CSS that names each colour `--NAME`; the browser takes the light or the dark one by the page's color-scheme."""
     lines = (f"--{name}: light-dark({tone.light}, {tone.dark});" for name, tone in _VARIABLES.items())
-    return ".stApp {" + " ".join(lines) + "}"
+    series = (f"--c{i}: {colour};" for i, colour in enumerate(SERIES))
+    return ".stApp {" + " ".join([*lines, *series]) + "}"
 
 
 def streamlit_options() -> list[str]:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
-from activations.files import lock, read_json, write_json
+from activations.files import lock, read_json, write_json, writing
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
 from activations.shuffle import START, Shuffled
 from sae import checkpoint
 from sae.checkpoint import Place
 from sae.files import CFG, save_sae
-from sae.monitor import Monitor, progress
+from sae.monitor import Bar, Monitor
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.statistics import latent_statistics
@@ -47,6 +47,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     source: Activations | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
@@ -56,7 +57,7 @@ def train(
     together = {name or default_name(settings): settings}
     sources = None if source is None else {settings.hook: source}
     return train_together(
-        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources
+        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources, track=track
     )[0]
 
 
@@ -68,17 +69,21 @@ def train_together(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     sources: Mapping[str, Activations] | None = None,
+    track: Sequence[str] = (),
 ) -> list[Path]:
     """Train dictionaries (ID: settings) in one pass over the activations; returns their folders.
 
     Each goes on from the last checkpoint that all of them have; those that are finished are passed over.
-    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says.
+    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says. track: who
+    else draws the curves, "wandb" or "tensorboard".
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
-    trained with other settings, they cannot be trained together, or a loss is no longer finite.
+    trained with other settings or cannot be written to, they cannot be trained together, the disk is full, or a loss
+    is no longer finite. The checkpoints stay, and training goes on from the last one.
     """
     where = pick_device(device)
     folders = {name: run.dictionary(name) for name in wanted}
     with ExitStack() as stack:
+        stack.enter_context(writing(run.path / "dictionaries"))
         for folder in folders.values():
             stack.enter_context(lock(folder / ".train.lock"))
         plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
@@ -110,8 +115,8 @@ def train_together(
             stepper.restored(start)
         cursor = next(iter(places.values())).cursor if start else START
 
-        logs = {name: stack.enter_context(closing(Monitor(folders[name], start))) for name in plans}
-        bar = stack.enter_context(progress(common.n_tokens, start * common.batch))
+        logs = {name: stack.enter_context(closing(Monitor(folders[name], plans[name], start, track))) for name in plans}
+        bar = stack.enter_context(closing(Bar(common.n_steps * common.batch, start * common.batch)))
         saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
@@ -119,15 +124,17 @@ def train_together(
                 stepper.step(rows[stepper.settings.hook])
                 if stepper.settings.resamples_at(step - 1):
                     stepper.resample(rows[stepper.settings.hook])
-            bar.update(common.batch)
+            bar.step(common.batch)
 
             if step % LOG_EVERY == 0 or step == common.n_steps:
+                shown = []
                 for name, stepper in steppers.items():
                     stepper.recount()
                     figures = stepper.figures()
                     _check_finite(figures, step, folders[name])
                     logs[name].line(step, step * common.batch, figures)
-                bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=int(figures["n_dead"]))
+                    shown.append({**figures, "dead": stepper.n_dead / stepper.sae.d_sae})
+                bar.figures(shown)
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
                 if time.monotonic() - saved > checkpoint_seconds:
                     for name, stepper in steppers.items():
@@ -140,6 +147,7 @@ def train_together(
             sae.metadata = _metadata(run, stepper.settings)
             sae.statistics = latent_statistics(sae, rows_at[stepper.settings.hook])
             save_sae(sae, folders[name])
+            logs[name].finish()
     return list(folders.values())
 
 
@@ -184,6 +192,19 @@ def _first_rows(batches: Shuffled) -> dict[str, Tensor]:
 
 def _facts(settings: Training) -> dict[str, Any]:
     return {**dataclasses.asdict(settings), "versions": versions(), "threads": torch.get_num_threads()}
+
+
+def begun_with(folder: Path) -> Training | None:
+    """The settings that the dictionary in `folder` was begun with; None when it was not. Raises InputError."""
+    path = folder / "train.json"
+    if not path.exists():
+        return None
+    begun = read_json(path)
+    known = {field.name: begun[field.name] for field in dataclasses.fields(Training) if field.name in begun}
+    try:
+        return Training(**{**known, "roles": tuple(known.get("roles", ()))})
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path} is damaged or of another version ({error}): train with --overwrite.") from None
 
 
 def _is_finished(folder: Path, settings: Training) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from activations.files import lock
 from tests.app.conftest import FULL, SIGNED
 from tests.app.test_cli_app import free_port, sae_app
 
@@ -129,7 +130,7 @@ def test_the_sign_has_a_colour_of_its_own_in_light_and_dark(browser, address: st
     assert not set(seen["light"]) & set(seen["dark"])
 
 
-@pytest.mark.parametrize("path", ["", "features", "feature", "steer"])
+@pytest.mark.parametrize("path", ["", "features", "feature", "steer", "training"])
 def test_at_400_pixels_nothing_runs_over_the_edge(browser, address: str, path: str):
     page = browser(width=400)
     page.goto(f"{address}/{path}?run=demo&dictionary={SIGNED}&feature=1")
@@ -147,3 +148,23 @@ def test_what_looks_like_markup_is_read_as_text(browser, address: str):
     page.wait_for_selector("h1.feature-title")
     assert page.inner_text("h1.feature-title") == "about <b>rivers</b> & [mountains](http://example.com)"
     assert page.locator("h1.feature-title *").count() == 0
+
+
+def test_curves_grow_while_something_trains(browser, address: str, runs: Path):
+    """The page looks again by itself, and stops when the training is over."""
+    folder = runs / "young" / "dictionaries" / "going-on"
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text('{"n_tokens": 100, "sizes": {"d_sae": 8}}')
+    text = '{"step": 1, "tokens": 10, "fvu": 0.5, "l0": 3.0, "n_dead": 0, "lr": 0.001, "grad_norm": 1.0}\n'
+    (folder / "train.jsonl").write_text(text)
+    page = browser()
+    try:
+        with lock(folder / ".train.lock"):
+            page.goto(f"{address}/training?run=young")
+            page.wait_for_selector(".train .facts:has-text('training 10%')")
+            (folder / "train.jsonl").write_text(text + text.replace("10,", "40,"))
+            page.wait_for_selector(".train .facts:has-text('training 40%')")
+        page.wait_for_selector(".train .facts:has-text('stopped')")
+        assert page.locator(".js-plotly-plot").count() == 5
+    finally:
+        shutil.rmtree(folder.parent)

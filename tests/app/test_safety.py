@@ -85,9 +85,9 @@ def check(app: AppTest) -> str:
     seen.feed(html_of(app))
     assert seen.tags <= OURS
     assert seen.attributes <= ATTRIBUTES
-    assert all(re.fullmatch(r"(overview|features|feature|steer)\?[\w.=&%+*~-]*", link) for link in seen.links), (
-        seen.links
-    )
+    assert all(
+        re.fullmatch(r"(overview|training|features|feature|steer)\?[\w.=&%+*~-]*", link) for link in seen.links
+    ), seen.links
     assert all(re.fullmatch(r"((--a|left|width|height):[\d.]+%;?)*", style) for style in seen.styles)
     assert not app.markdown
     return "".join(seen.text)
