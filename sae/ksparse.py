@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sae import sparse
 from sae.base import SAE, Config, ConfigError, Loss, State
-from sae.losses import Selection, auxk, fvu
+from sae.losses import auxk, fvu
+from sae.parallel import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class KSparseConfig(Config):
 
 def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
     """(x - b_dec) W_enc + b_enc. Under autocast the product and its result are in the lower precision."""
-    return torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc)
+    return torch.addmm(sae.b_enc, x - sae.mesh.into_latents(sae.b_dec), sae.W_enc)
 
 
 def encode(
@@ -36,7 +37,7 @@ def encode(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k latents of each row that `select` chooses. No gradient."""
     with torch.no_grad():
-        return select(pre_activations(sae, x), k)
+        return sae.mesh.select(select, pre_activations(sae, x), k)
 
 
 def loss(
@@ -51,13 +52,14 @@ def loss(
     """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen."""
     with torch.no_grad():
         pre = pre_activations(sae, x)
-        chosen, indices = select(pre, state.k or k)
+        chosen, indices = sae.mesh.select(select, pre, state.k or k)
     with torch.autocast(x.device.type, enabled=False):
-        values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.b_dec)
-        error = target - sparse.decode(values, indices, sae.W_dec) - sae.b_dec
-        main = fvu(error, target)
+        values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.mesh.into_latents(sae.b_dec))
+        error = target - sae.mesh.sum_latents(sparse.decode(values, indices, sae.W_dec)) - sae.b_dec
+        main = fvu(error, target, sae.mesh)
         aux = error.new_zeros(())
         if auxk_weight and state.dead is not None:
             aux = auxk(sae, error, pre, x, state.dead, select)
-    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": (chosen != 0).sum(dim=1).float().mean()}
-    return Loss(main + auxk_weight * aux, terms, sparse.fired(chosen, indices, sae.d_sae))
+    l0 = sae.mesh.mean_rows(sae.mesh.sum_latents((chosen != 0).sum(dim=1).float().mean()))
+    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": l0}
+    return Loss(main + auxk_weight * aux, terms, sparse.fired(chosen, indices, sae.n_held))

@@ -31,6 +31,7 @@ class Monitor:
         self._file.close()
 
 
-def progress(total: int, initial: int) -> "tqdm[None]":
+def progress(total: int, initial: int, *, shown: bool = True) -> "tqdm[None]":
     """A bar over tokens; silent where the output is no terminal."""
-    return tqdm(total=total, initial=initial, unit="token", unit_scale=True, desc="train", disable=None)
+    hidden = None if shown else True
+    return tqdm(total=total, initial=initial, unit="token", unit_scale=True, desc="train", disable=hidden)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.base import SAE
+from sae.base import SAE, rows_of
 
 WIDE = ("W_enc", "W_dec")
 """The parameters with a row a latent; `rows_of` gives them in that form."""
@@ -78,19 +78,26 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients, which are given up after it."""
-        unit = self.sae.unit_rows
+        unit, mesh = self.sae.unit_rows, self.sae.mesh
         self._steps += 1
-        squares = []
+        coming = {}
         for name, p in self._parameters.items():
             assert p.grad is not None, name
+            coming[name] = mesh.add_rows_(rows_of(name, p.grad))
+        squares = []
+        for name, p in self._parameters.items():
+            assert p.grad is not None
+            if (work := coming[name]) is not None:
+                work.wait()
             on_sphere = name in unit
             if name in self.wide:
                 squares.append(kernels.squares(rows_of(name, p.grad), rows_of(name, p) if on_sphere else None))
                 continue
             if on_sphere:
                 p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
-            squares.append(p.grad.square().sum())
-        self.norm.copy_(torch.stack(squares).sum().sqrt())
+            share = 1 if name in self.sae.by_latent else mesh.n_latents  # of one that every part has
+            squares.append(p.grad.square().sum() / share)
+        self.norm.copy_(mesh.sum_latents(torch.stack(squares).sum()).sqrt())
         factor = (self.clip / self.norm).clamp(max=1.0)
         self._adam.grad_scale = 1 / factor  # type: ignore[attr-defined]  # torch's fused Adam divides by it
         self._adam.step()
@@ -118,8 +125,3 @@ class Optimizer:
         p = self._parameters[name]
         assert p.grad is not None
         return p.detach(), p.grad, self._mean[name], self._square[name]
-
-
-def rows_of(name: str, tensor: Tensor) -> Tensor:
-    """A wide matrix with a row a latent: W_enc is laid out so in memory."""
-    return tensor.T if name == "W_enc" else tensor

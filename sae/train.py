@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from sae import checkpoint
 from sae.checkpoint import Place
 from sae.files import CFG, save_sae
 from sae.monitor import Monitor, progress
+from sae.parallel import ALONE, Mesh
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.statistics import latent_statistics
 from sae.stepper import Stepper
 
+BEGUN = "train.json"
 LOG_EVERY = 20
 """Steps between log lines and counts of dead latents: the only times at which the host waits for the device."""
 SHARED = ("n_tokens", "batch", "order", "roles")
@@ -47,6 +50,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     source: Activations | None = None,
+    mesh: Mesh = ALONE,
 ) -> Path:
     """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
@@ -56,7 +60,7 @@ def train(
     together = {name or default_name(settings): settings}
     sources = None if source is None else {settings.hook: source}
     return train_together(
-        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources
+        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources, mesh=mesh
     )[0]
 
 
@@ -68,50 +72,52 @@ def train_together(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     sources: Mapping[str, Activations] | None = None,
+    mesh: Mesh = ALONE,
 ) -> list[Path]:
     """Train dictionaries (ID: settings) in one pass over the activations; returns their folders.
 
     Each goes on from the last checkpoint that all of them have; those that are finished are passed over.
-    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says.
+    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says. mesh:
+    the processes that train together, each of which calls this; the leader writes.
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
     trained with other settings, they cannot be trained together, or a loss is no longer finite.
     """
     where = pick_device(device)
     folders = {name: run.dictionary(name) for name in wanted}
+    ranks = mesh.ranks
     with ExitStack() as stack:
-        for folder in folders.values():
-            stack.enter_context(lock(folder / ".train.lock"))
         plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
-        plans = {name: plan for name, plan in plans.items() if not _is_finished(folders[name], plan)}
+        ranks.agree({"run": run.meta, **{name: dataclasses.asdict(plan) for name, plan in plans.items()}})
+
+        def unfinished() -> list[str]:
+            for folder in folders.values():
+                stack.enter_context(lock(folder / ".train.lock"))
+            return [name for name, plan in plans.items() if not _is_finished(folders[name], plan)]
+
+        left = ranks.by_leader(unfinished)
+        plans = {name: plans[name] for name in left}
         if not plans:
             return list(folders.values())
         common = _common(plans)
-        hooks = list(dict.fromkeys(plan.hook for plan in plans.values()))
-        rows_at = {hook: (sources or {}).get(hook) or run.activations(hook, roles=common.roles) for hook in hooks}
-        for source in rows_at.values():
-            if isinstance(source, CachedActivations):
-                source.check()
-        seed = common.seed if common.order_seed is None else common.order_seed
-        batches = Shuffled(list(rows_at.values()), batch=common.batch, seed=seed, order=common.order, device=where)
-
-        start = _newest_common([folders[name] for name in plans])
-        places = {name: checkpoint.read_place(folders[name], start) for name in plans} if start else {}
-        first = {} if start else _first_rows(batches)
+        rows_at, batches = ranks.together(lambda: _opened(run, plans, sources or {}, where, mesh))
+        start = ranks.by_leader(lambda: _newest_common([folders[name] for name in plans]))
+        places = ranks.by_leader(lambda: {name: checkpoint.read_place(folders[name], start) for name in plans if start})
+        first = {} if start else _first_rows(batches, mesh)
         steppers: dict[str, Stepper] = {}
         for name, plan in plans.items():
             source = rows_at[plan.hook]
-            scale = places[name].scale if start else _scale(source, plan.order)
-            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in))
+            scale = places[name].scale if start else ranks.by_leader(partial(_scale, source, plan.order))
+            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in), mesh)
             if not start:
                 sae.initialise(first[plan.hook] * scale, plan.seed)
             steppers[name] = stepper = Stepper(sae.to(where), plan, scale)
             if start:
-                checkpoint.restore(folders[name], start, stepper.tensors)
+                ranks.together(partial(checkpoint.restore, folders[name], start, stepper.tensors))
             stepper.restored(start)
         cursor = next(iter(places.values())).cursor if start else START
 
-        logs = {name: stack.enter_context(closing(Monitor(folders[name], start))) for name in plans}
-        bar = stack.enter_context(progress(common.n_tokens, start * common.batch))
+        logs = {name: stack.enter_context(closing(Monitor(folders[name], start))) for name in plans if mesh.leads}
+        bar = stack.enter_context(progress(common.n_tokens, start * common.batch, shown=mesh.leads))
         saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
@@ -125,14 +131,15 @@ def train_together(
                 for name, stepper in steppers.items():
                     stepper.recount()
                     figures = stepper.figures()
-                    _check_finite(figures, step, folders[name])
-                    logs[name].line(step, step * common.batch, figures)
+                    _check_finite(figures, step, folders[name], mesh)
+                    if mesh.leads:
+                        logs[name].line(step, step * common.batch, figures)
                 bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=int(figures["n_dead"]))
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
-                if time.monotonic() - saved > checkpoint_seconds:
+                if ranks.from_leader(time.monotonic() - saved > checkpoint_seconds):
                     for name, stepper in steppers.items():
                         place = Place(step, cursor, stepper.scale)
-                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), keep)
+                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), keep, mesh)
                     saved = time.monotonic()
 
         for name, stepper in steppers.items():
@@ -140,6 +147,7 @@ def train_together(
             sae.metadata = _metadata(run, stepper.settings)
             sae.statistics = latent_statistics(sae, rows_at[stepper.settings.hook])
             save_sae(sae, folders[name])
+        ranks.barrier()  # the files are there for whoever goes on
     return list(folders.values())
 
 
@@ -160,6 +168,31 @@ def _common(plans: Mapping[str, Training]) -> Training:
     return first
 
 
+def _opened(
+    run: Run, plans: Mapping[str, Training], sources: Mapping[str, Activations], where: torch.device, mesh: Mesh
+) -> tuple[dict[str, Activations], Shuffled]:
+    """The rows at each hook, and their batches, once all sizes are seen to fit. Raises InputError."""
+    common = _common(plans)
+    hooks = dict.fromkeys(plan.hook for plan in plans.values())
+    rows_at = {hook: sources.get(hook) or run.activations(hook, roles=common.roles) for hook in hooks}
+    for source in rows_at.values():
+        if isinstance(source, CachedActivations):
+            source.check()
+    for name, plan in plans.items():
+        mesh.part(plan.config(rows_at[plan.hook].d_in).d_sae)
+        if not (run.dictionary(name) / BEGUN).exists():  # the leader has just made it
+            raise InputError(f"{run.path} is not one folder for all ranks: put it on a disk that every host sees.")
+    return rows_at, Shuffled(
+        list(rows_at.values()),
+        batch=common.batch,
+        seed=common.seed if common.order_seed is None else common.order_seed,
+        order=common.order,
+        rank=mesh.row,
+        world=mesh.n_rows,
+        device=where,
+    )
+
+
 def _newest_common(folders: list[Path]) -> int:
     """The last step that all have a checkpoint of; 0 when there is none."""
     return max(set.intersection(*(set(checkpoint.steps_of(folder)) for folder in folders)), default=0)
@@ -172,11 +205,11 @@ def _scale(source: Activations, order: str) -> float:
     return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
-def _first_rows(batches: Shuffled) -> dict[str, Tensor]:
-    """At least 4,096 training rows of each hook to initialise from, in float32, on the CPU."""
+def _first_rows(batches: Shuffled, mesh: Mesh) -> dict[str, Tensor]:
+    """At least 4,096 training rows of each hook to initialise from, in float32, on the CPU; the same on all ranks."""
     parts: list[dict[str, Tensor]] = []
     for rows, _ in batches.batches():
-        parts.append({hook: part.float().cpu() for hook, part in rows.items()})
+        parts.append({hook: mesh.all_rows(part.float().cpu()) for hook, part in rows.items()})
         if sum(len(next(iter(part.values()))) for part in parts) >= 4096:
             break
     return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
@@ -188,7 +221,7 @@ def _facts(settings: Training) -> dict[str, Any]:
 
 def _is_finished(folder: Path, settings: Training) -> bool:
     """Compare with what the folder was begun with, or begin it. True when the dictionary is there already."""
-    path = folder / "train.json"
+    path = folder / BEGUN
     if not path.exists():
         write_json(path, _facts(settings))
         return False
@@ -215,9 +248,11 @@ def _metadata(run: Run, settings: Training) -> dict[str, Any]:
     }
 
 
-def _check_finite(figures: dict[str, float], step: int, folder: Path) -> None:
+def _check_finite(figures: dict[str, float], step: int, folder: Path, mesh: Mesh) -> None:
     if all(math.isfinite(value) for value in figures.values()):
         return
+    if not mesh.leads:  # the figures are the same everywhere
+        raise SystemExit(1)
     kept = checkpoint.steps_of(folder)
     last = f"Last good checkpoint: {checkpoint.path_of(folder, kept[-1])}" if kept else "There is no checkpoint yet"
     wrong = ", ".join(f"{key}={value:g}" for key, value in figures.items() if not math.isfinite(value))

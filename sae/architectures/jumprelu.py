@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from sae.base import SAE, Config, ConfigError, Loss, State
 from sae.ksparse import pre_activations
 from sae.losses import fvu
+from sae.parallel import ALONE, Mesh
 from sae.sparse import to_sparse
 
 
@@ -47,13 +48,14 @@ class JumpReLUConfig(Config):
 class JumpReLUSAE(SAE):
     architecture = "jumprelu"
     biases = ("b_enc", "b_dec", "threshold")
+    by_latent = ("W_enc", "W_dec", "b_enc", "threshold")
     cfg: JumpReLUConfig
     coefficient: Tensor
     last_l0: Tensor
 
-    def __init__(self, cfg: JumpReLUConfig) -> None:
-        super().__init__(cfg)
-        self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
+    def __init__(self, cfg: JumpReLUConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(cfg, mesh)
+        self.threshold = nn.Parameter(torch.zeros(self.n_held))
         self.register_buffer("coefficient", torch.tensor(0.01))
         self.register_buffer("last_l0", torch.tensor(float(cfg.target_l0)))
 
@@ -65,8 +67,9 @@ class JumpReLUSAE(SAE):
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
         pre = pre_activations(self, x).float()
         z, on = _Jump.apply(pre, self.threshold, self.cfg.bandwidth)
-        error = target - (z @ self.W_dec).float() - self.b_dec
-        main, l0 = fvu(error, target), on.sum(dim=1).mean()
+        error = target - self.mesh.sum_latents((z @ self.W_dec).float()) - self.b_dec
+        main = fvu(error, target, self.mesh)
+        l0 = self.mesh.mean_rows(self.mesh.sum_latents(on.sum(dim=1).mean()))
         self.last_l0.copy_(l0.detach())
         terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.coefficient.clone()}
         return Loss(main + state.penalty * self.coefficient * l0 / self.cfg.target_l0, terms, (on > 0).any(dim=0))
