@@ -1,7 +1,8 @@
 """The processes of one job: alone, or started by torchrun, one a GPU, on one or several hosts.
 
 Captures share work through the file system (all ranks see the run's folder) and agree on little: gloo is enough, also
-between GPUs, and a rank that finds no RANK in its environment is alone and needs no group at all.
+between GPUs. Training exchanges tensors, between GPUs by nccl (`sae.parallel`). A rank that finds no RANK in its
+environment is alone and needs no group at all.
 """
 
 import os
@@ -64,6 +65,51 @@ class Ranks(NamedTuple):
             raise failed or SystemExit(1)
         return done if self.leads else work()
 
+    def by_leader(self, work: Callable[[], T]) -> T:
+        """`work()` on the leader alone; its result, which is pickled on the way, on every rank.
+
+        What is wrong is the leader's to say: the other ranks leave with exit code 1 then.
+        """
+        return self.from_leader(self.leader_first(lambda: work() if self.leads else None))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank, each with its own result, once all are done.
+
+        When it is wrong on some, the first of them says so, and all leave with exit code 1.
+        """
+        failed: ValueError | None = None
+        try:
+            done = work()
+        except ValueError as error:
+            failed = error
+        wrong = self._from_all(failed is not None)
+        if any(wrong):
+            raise failed if failed is not None and wrong.index(True) == self.rank else SystemExit(1)
+        return done
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Compare `facts` (JSON values) with the leader's; it raises InputError for the first that differs."""
+
+        def compare() -> None:
+            for rank, theirs in enumerate(every):
+                for key in {**facts, **theirs}:
+                    if theirs.get(key) != facts.get(key):
+                        raise InputError(
+                            f"Rank {rank} has {key} {theirs.get(key)!r} and rank 0 has {facts.get(key)!r}: start all "
+                            "with the same command, on one run."
+                        )
+
+        every = self._from_all(facts)
+        self.leader_first(lambda: compare() if self.leads else None)
+
+    def _from_all(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank."""
+        if self.world == 1:
+            return [value]
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, value)
+        return every
+
     def device(self, name: str) -> str:
         """`name` as torch takes it, with this rank's GPU where a GPU is meant.
 
@@ -78,14 +124,21 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process's place among those that torchrun started, joined for the block; alone without torchrun."""
+def joined(device: str = "cpu") -> Iterator[Ranks]:
+    """This process's place among those that torchrun started, joined for the block; alone without torchrun.
+
+    device: as `Ranks.device` takes it; where that is a GPU, tensors on GPUs can be exchanged too.
+    """
     ranks = Ranks.from_environment()
     if ranks.world == 1 or dist.is_initialized():
         yield ranks
         return
+    where = ranks.device(device)
+    if where.startswith("cuda"):
+        torch.cuda.set_device(torch.device(where))
     # A rank may wait for the leader's first shard, which on a CPU takes minutes.
-    dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    backend = "cpu:gloo,cuda:nccl" if where.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield ranks
     finally:

@@ -17,7 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae.parallel import ALONE, Mesh
 from sae.sparse import to_dense
+
+INITIAL_ROWS = 4096
+"""Decoder rows drawn at a time, so that a process with a part of the latents never holds them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,8 @@ class Loss(NamedTuple):
     total: Float[Tensor, ""]
     terms: dict[str, Tensor]
     """Named parts of the total and figures worth logging, scalars."""
-    fired: Bool[Tensor, " d_sae"]
-    """Latents that were not 0 somewhere in the batch."""
+    fired: Bool[Tensor, " _held"]
+    """Latents held here that were not 0 somewhere in the rows read here."""
 
 
 class Statistics(NamedTuple):
@@ -95,14 +99,19 @@ class SAE(nn.Module, abc.ABC):
     """Parameters in units of the activations: they shrink with x, the weights do not."""
     unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
     """Parameters whose rows the optimiser keeps at norm 1."""
+    by_latent: ClassVar[tuple[str, ...]] = ("W_enc", "W_dec", "b_enc")
+    """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.mesh = cfg, mesh
+        held = mesh.part(cfg.d_sae)
+        self.n_held = held.stop - held.start
+        """Latents whose weights are here: all d_sae, unless the mesh has them in parts."""
         # The encoder is laid out like the decoder in memory (a row a latent), so that both gradients are row sums.
-        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
-        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.W_enc = nn.Parameter(torch.zeros(self.n_held, cfg.d_in).T)
+        self.W_dec = nn.Parameter(torch.zeros(self.n_held, cfg.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.n_held))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         self.low: dict[str, Tensor] = {}
         """Copies of wide parameters in the precision of the products, while an optimiser keeps them current."""
@@ -147,14 +156,23 @@ class SAE(nn.Module, abc.ABC):
     def reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """x_hat of each row, through the sparse form."""
         values, indices = self.encode_sparse(x)
-        return nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum") + self.b_dec
+        part = nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return self.mesh.sum_latents(part) + self.b_dec
 
     def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
-        """Random unit decoder rows, the encoder their transpose, b_dec the mean of x, a (scaled) sample."""
+        """Random unit decoder rows, the encoder their transpose, b_dec the mean of x, a (scaled) sample.
+
+        The seed says the whole dictionary, whatever part of it is here.
+        """
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
+        held = self.mesh.part(self.d_sae)
         with torch.no_grad():
-            self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+            for first in range(0, self.d_sae, INITIAL_ROWS):
+                rows = torch.randn(min(INITIAL_ROWS, self.d_sae - first), self.d_in, generator=generator)
+                begin, end = max(held.start, first), min(held.stop, first + len(rows))
+                if begin < end:
+                    rows = rows[begin - first : end - first]
+                    self.W_dec[begin - held.start : end - held.start] = rows / rows.norm(dim=1, keepdim=True)
             self.W_enc.copy_(self.W_dec.T)
             self.b_dec.copy_(x.mean(dim=0))
 
@@ -174,3 +192,8 @@ class SAE(nn.Module, abc.ABC):
         """
         for name in self.biases:
             getattr(self, name).div_(scale)
+
+
+def rows_of(name: str, tensor: Tensor) -> Tensor:
+    """A parameter, or what goes with it, with a row a latent where it has latents: W_enc is laid out so in memory."""
+    return tensor.T if name == "W_enc" else tensor

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from activations.errors import InputError
 from activations.files import read_json, write_aside, write_json
 from activations.run import dictionary_folder
-from sae.base import SAE, ConfigError, Statistics
+from sae.base import SAE, ConfigError, Statistics, rows_of
 from sae.registry import REGISTRY
 
 WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.safetensors"
@@ -25,8 +25,16 @@ _PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshap
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
-    """Save a dictionary into `folder`, each file aside and renamed."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in sae.named_parameters()}
+    """Save a dictionary into `folder`, each file aside and renamed.
+
+    On a mesh all processes call this together; the leader collects the parts on its CPU, and writes.
+    """
+    weights = {}
+    for name, p in sae.named_parameters():
+        whole = rows_of(name, sae.mesh.whole(rows_of(name, p))) if name in sae.by_latent else p.detach().cpu()
+        weights[name] = whole.contiguous()
+    if not sae.mesh.leads:
+        return
     with write_aside(folder / WEIGHTS) as aside:
         save_file(weights, aside)
     if sae.statistics is not None:

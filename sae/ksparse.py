@@ -6,6 +6,7 @@ revives dead latents (AuxK) touches the dead ones.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def encode(sae: SAE, x: Float[Tensor, "n d_in"], k: int) -> tuple[Float[Tensor, 
 @torch.no_grad()
 def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     """x - b_dec, in the precision of the wide products."""
-    return (x - sae.b_dec).to(precision(x))
+    return torch.sub(x, sae.b_dec, out=torch.empty_like(x, dtype=precision(x)))
 
 
 @torch.no_grad()
@@ -64,8 +65,9 @@ def choose(sae: SAE, x: Float[Tensor, "n d_in"], k: int, dead: Dead | None) -> C
     for pre in pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
         dead_z = None
         if dead is not None:
-            dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
-        parts.append(Codes(*topk(pre, k, sae.signed), dead_z))
+            held = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
+            dead_z = sae.mesh.among_all(held, n_places(sae))
+        parts.append(Codes(*sae.mesh.select(partial(topk, signed=sae.signed), pre, k), dead_z))
     if len(parts) == 1:
         return parts[0]
     values, indices, dead_zs = zip(*parts, strict=True)
@@ -94,25 +96,26 @@ def loss(
     Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
     """
     dead = state.dead if auxk_weight else None
-    x = centred(sae, x)
+    x, mesh = centred(sae, x), sae.mesh
     codes = choose(sae, x, state.k or k, dead)
     with torch.autocast(x.device.type, enabled=False):
-        x_hat, e_hat = _Reconstruct.apply(
-            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.low, sae.signed
+        decoded, of_dead = _Reconstruct.apply(
+            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
         )
-        error = target - x_hat
-        main = fvu(error, target)
+        error = mesh.sum_latents(decoded) + sae.b_dec - target
+        main = fvu(error, target, mesh)
         aux = error.new_zeros(())
         if dead is not None:
-            left_over = error.detach()
-            aux = torch.nan_to_num(fvu(left_over - e_hat, left_over), nan=0.0, posinf=0.0)
+            left_over = error.detach()  # with the other sign: what is missing, e_hat should take away
+            aux = torch.nan_to_num(fvu(left_over + mesh.sum_latents(of_dead), left_over, mesh), nan=0.0, posinf=0.0)
             aux = aux * (dead.n / n_places(sae)).clamp(max=1.0)
-    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": (codes.values != 0).sum(dim=1).float().mean()}
-    return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.d_sae))
+        l0 = mesh.mean_rows(mesh.sum_latents((codes.values != 0).sum() / len(x)))
+    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": l0}
+    return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.n_held))
 
 
 class _Reconstruct(torch.autograd.Function):
-    """(x_hat, e_hat): the batch from its chosen latents, and what its dead ones add (None without).
+    """The batch from its chosen latents, without b_dec, and what its dead ones add (None without): the latents' part.
 
     The dense product was made without gradient; chosen entries get the gradient that they would have had, entries that
     are 0 (a ReLU's) get none. Products are in the precision of `low`, the copies of the wide matrices.
@@ -131,15 +134,15 @@ class _Reconstruct(torch.autograd.Function):
         low: dict[str, Tensor],
         signed: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        del b_enc  # here for its gradient
+        del b_enc, b_dec  # here for their gradients
         W = low.get("W_dec", W_dec)
-        x_hat = sparse.decode(codes.values, codes.indices, W) + b_dec
-        e_hat = None
+        decoded = sparse.decode(codes.values, codes.indices, W)
+        of_dead = None
         if dead is not None and codes.dead_z is not None:
-            e_hat = product(codes.dead_z, W[dead.latents].T)
+            of_dead = product(codes.dead_z, W[dead.latents].T)
         ctx.save_for_backward(x, low.get("W_enc", W_enc), W)
         ctx.codes, ctx.dead, ctx.signed = codes, dead, signed
-        return x_hat, e_hat
+        return decoded, of_dead
 
     @staticmethod
     @once_differentiable
@@ -160,5 +163,5 @@ class _Reconstruct(torch.autograd.Function):
             grad_W_dec.index_add_(0, dead.latents, product(z.T, low.T, out=torch.float32))
             grad_W_enc.index_add_(0, dead.latents, product(grad_z.T, x.T, out=torch.float32))
             grad_b_enc.index_add_(0, dead.latents, grad_z.sum(dim=0, dtype=torch.float32))
-        grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(W_enc.dtype)).float()
+        grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()  # as the centre of x alone
         return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.base import SAE
+from sae.base import SAE, rows_of
 
 WIDE = ("W_enc", "W_dec")
 """The parameters with a row a latent; `rows_of` gives them in that form."""
@@ -80,18 +80,25 @@ class Optimizer:
         """One update from the gradients, which are given up after it."""
         if self.wide:
             from sae.kernels import adam
-        unit = self.sae.unit_rows
+        unit, mesh = self.sae.unit_rows, self.sae.mesh
         self._steps += 1
-        squares = []
+        coming = {}
         for name, p in self._parameters.items():
             assert p.grad is not None, name
+            coming[name] = mesh.add_rows_(rows_of(name, p.grad))
+        squares = []
+        for name, p in self._parameters.items():
+            assert p.grad is not None
+            if (work := coming[name]) is not None:
+                work.wait()
             if name in self.wide:
                 squares.append(adam.squares(rows_of(name, p.grad)))
                 continue
-            squares.append(p.grad.square().sum())
+            share = 1 if name in self.sae.by_latent else mesh.n_latents  # of one that every part has
+            squares.append(p.grad.square().sum() / share)
             if name in unit:
                 p.grad.addcmul_((p.grad * p).sum(dim=1, keepdim=True), p, value=-1)
-        self.norm.copy_(torch.stack(squares).sum().sqrt())
+        self.norm.copy_(mesh.sum_latents(torch.stack(squares).sum()).sqrt())
         factor = (self.clip / self.norm).clamp(max=1.0)
         self._adam.grad_scale = 1 / factor  # type: ignore[attr-defined]  # torch's fused Adam divides by it
         self._adam.step()
@@ -111,8 +118,3 @@ class Optimizer:
                 p.div_(p.norm(dim=1, keepdim=True))
         for p in self._parameters.values():
             p.grad = None
-
-
-def rows_of(name: str, tensor: Tensor) -> Tensor:
-    """A wide matrix with a row a latent: W_enc is laid out so in memory."""
-    return tensor.T if name == "W_enc" else tensor

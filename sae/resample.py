@@ -17,21 +17,25 @@ GAIN = 0.2
 
 @torch.no_grad()
 def resample(
-    sae: SAE, optimizer: Optimizer, dead: Int[Tensor, " m"], x: Float[Tensor, "n d_in"], generator: torch.Generator
+    sae: SAE, optimizer: Optimizer, dead: Int[Tensor, " _m"], x: Float[Tensor, "n d_in"], generator: torch.Generator
 ) -> None:
-    """Start the latents `dead` anew at rows of x (scaled, as in training). generator: on the CPU."""
-    if not len(dead):
-        return
+    """Start the latents `dead` anew at rows of x (scaled, as in training). generator: on the CPU.
+
+    On a mesh, `dead` and x are the parts that are here; all processes call this together.
+    """
+    mesh = sae.mesh
+    counts = mesh.counts(len(dead))
+    x = mesh.all_rows(x)
     errors = (x - sae.reconstruct(x)).square().sum(dim=1).square().double().cpu()
     errors = torch.nan_to_num(errors, posinf=0.0)  # where training went wrong, the loop says so at its next look
-    drawn = torch.multinomial(errors + 1e-12, len(dead), replacement=True, generator=generator)
-    rows = x[drawn.to(x.device)] - sae.b_dec
+    drawn = torch.multinomial(errors + 1e-12, sum(counts), replacement=True, generator=generator)
+    rows = x[drawn.split(counts)[mesh.latent].to(x.device)] - sae.b_dec
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
-    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=x.device)
+    alive = torch.ones(sae.n_held, dtype=torch.bool, device=x.device)
     alive[dead] = False
-    norms = sae.W_enc.norm(dim=0)
+    norms = mesh.sum_latents((sae.W_enc.norm(dim=0) * alive).sum())
     sae.W_dec[dead] = rows
-    sae.W_enc[:, dead] = (rows * GAIN * (norms * alive).sum() / alive.sum().clamp(min=1)).T
+    sae.W_enc[:, dead] = (rows * GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)).T
     sae.b_enc[dead] = 0
     optimizer.forget(dead)
     optimizer.refresh()

@@ -8,9 +8,12 @@ from sae.base import SAE, Statistics
 
 @torch.no_grad()
 def latent_statistics(sae: SAE, cache: Activations, *, n_tokens: int = 1_000_000, batch: int = 4096) -> Statistics:
-    """Density, max and min of each latent over the first `n_tokens` ordinary tokens of the cache."""
+    """Density, max and min of each latent over the first `n_tokens` ordinary tokens of the cache.
+
+    On a mesh all processes call this together, and the leader's are whole.
+    """
     device = sae.W_dec.device
-    count = torch.zeros(sae.d_sae, device=device)
+    count = torch.zeros(sae.n_held, device=device)
     high, low = torch.zeros_like(count), torch.zeros_like(count)
     seen = 0
     i = 0
@@ -24,9 +27,9 @@ def latent_statistics(sae: SAE, cache: Activations, *, n_tokens: int = 1_000_000
             seen += len(rows)
         i += 1
     return Statistics(
-        density=(count / max(seen, 1)).cpu(),
-        max=high.cpu(),
-        min=low.cpu(),
+        density=sae.mesh.whole(count / max(seen, 1)),
+        max=sae.mesh.whole(high),
+        min=sae.mesh.whole(low),
         n_tokens=seen,
         median_norm=cache.median_norm,
         sink_threshold=cache.sink_threshold,

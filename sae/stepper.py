@@ -6,7 +6,7 @@ Nothing here waits for the device but `recount`, `figures` and `resample`, which
 import torch
 from torch import Tensor
 
-from sae.base import SAE, Dead, State
+from sae.base import SAE, Dead, State, rows_of
 from sae.optimizer import Optimizer
 from sae.registry import REGISTRY
 from sae.resample import resample
@@ -32,7 +32,7 @@ class Stepper:
         )
         self.terms: dict[str, Tensor] = {}
         self.n_dead = 0
-        self._last_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=self.device)
+        self._last_fired = torch.zeros(sae.n_held, dtype=torch.long, device=self.device)
         """The number of tokens seen when the latent last fired."""
         self._tokens = torch.zeros((), dtype=torch.long, device=self.device)
         self._penalty = torch.ones((), device=self.device)
@@ -71,19 +71,21 @@ class Stepper:
 
     def recount(self) -> None:
         """Count the dead latents. What a step sees of them changes only here."""
+        self.sae.mesh.newest_(self._last_fired)
         latents = (self._last_fired < self._tokens - self.settings.dead_after).nonzero().squeeze(1)
-        self.n_dead = len(latents)
-        self._dead = self._padded(latents) if self.n_dead else None
+        counts = self.sae.mesh.counts(len(latents))
+        self.n_dead = sum(counts)
+        self._dead = self._padded(latents, max(counts)) if self.n_dead else None
 
-    def _padded(self, latents: Tensor) -> Dead:
+    def _padded(self, latents: Tensor, size: int) -> Dead:
         """`latents` in a place that stays, so that a graph recorded with it can be replayed.
 
-        On a GPU there is a place for each of 32 sizes, with false entries at the end.
+        size: the most that a part of the mesh has: all take as many places, with false entries at the end. On a GPU
+        there is a place for each of 32 sizes.
         """
-        if self.device.type != "cuda":
-            return Dead(latents, torch.ones_like(latents, dtype=torch.bool), torch.tensor(float(len(latents))))
-        part = -(-self.sae.d_sae // 32)
-        size = -(-len(latents) // part) * part
+        if self.device.type == "cuda":
+            part = -(-self.sae.n_held // 32)
+            size = -(-size // part) * part
         if size not in self._dead_of:
             self._dead_of[size] = Dead(
                 torch.empty(size, dtype=torch.long, device=self.device),
@@ -93,7 +95,7 @@ class Stepper:
         dead = self._dead_of[size]
         dead.latents.zero_()[: len(latents)] = latents
         dead.real.zero_()[: len(latents)] = True
-        dead.n.fill_(len(latents))
+        dead.n.fill_(self.n_dead)
         return dead
 
     def figures(self) -> dict[str, float]:
@@ -107,18 +109,23 @@ class Stepper:
         self.recount()
         if self._dead is not None:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.n_steps_done)
-            dead = self._dead.latents[self._dead.real]
+            dead = self._dead.latents[self._dead.real]  # of the latents held here, perhaps none
             resample(self.sae, self.optimizer, dead, rows.float() * self.scale, generator)
             self._last_fired[dead] = self._tokens
             self.recount()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state on the device, for a checkpoint; to restore it, copy into these and call `restored`."""
+        """The whole state for `sae.checkpoint`, with a row a latent; after it was filled, call `restored`."""
         weights = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         ema = {f"ema.{name}": tensor for name, tensor in self._ema.items()}
         counters = {"last_fired": self._last_fired, "tokens": self._tokens}
-        return {**weights, **self.optimizer.tensors, **ema, **counters}
+        by_latent = {*self.sae.by_latent, "last_fired"}
+        placed = {}
+        for key, tensor in {**weights, **self.optimizer.tensors, **ema, **counters}.items():
+            name = next((part for part in key.split(".") if part in by_latent), "")
+            placed[key] = self.sae.mesh.placed(rows_of(name, tensor), by_latent=bool(name))
+        return placed
 
     def restored(self, n_steps_done: int) -> None:
         """After `tensors` were filled from a checkpoint."""

@@ -25,6 +25,7 @@ from sae.dense import pieces, product
 from sae.jump import jump, jump_backward
 from sae.ksparse import centred
 from sae.losses import fvu
+from sae.parallel import ALONE, Mesh
 from sae.sparse import Ragged, at_places, dots_at, encoder_gradients, nonzero, row_sums, to_table, transposed
 
 
@@ -49,13 +50,14 @@ class JumpReLUConfig(Config):
 class JumpReLUSAE(SAE):
     architecture = "jumprelu"
     biases = ("b_enc", "b_dec", "threshold")
+    by_latent = ("W_enc", "W_dec", "b_enc", "threshold")
     cfg: JumpReLUConfig
     coefficient: Tensor
     last_l0: Tensor
 
-    def __init__(self, cfg: JumpReLUConfig) -> None:
-        super().__init__(cfg)
-        self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
+    def __init__(self, cfg: JumpReLUConfig, mesh: Mesh = ALONE) -> None:
+        super().__init__(cfg, mesh)
+        self.threshold = nn.Parameter(torch.zeros(self.n_held))
         self.register_buffer("coefficient", torch.tensor(0.01))
         self.register_buffer("last_l0", torch.tensor(float(cfg.target_l0)))
 
@@ -68,10 +70,12 @@ class JumpReLUSAE(SAE):
         x = centred(self, x)
         with torch.autocast(x.device.type, enabled=False):
             reconstruct = _SparseReconstruct if x.device.type == "cpu" else _Reconstruct
-            x_hat, l0, fired = reconstruct.apply(
-                x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, self.low, self.cfg.bandwidth
+            centre = self.mesh.into_latents(self.b_dec)
+            decoded, l0, fired = reconstruct.apply(
+                x, self.W_enc, self.b_enc, self.W_dec, centre, self.threshold, self.low, self.cfg.bandwidth
             )
-            main = fvu(target - x_hat, target)
+            main = fvu(self.mesh.sum_latents(decoded) + self.b_dec - target, target, self.mesh)
+            l0 = self.mesh.mean_rows(self.mesh.sum_latents(l0))
             self.last_l0.copy_(l0.detach())
             terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.coefficient.clone()}
             return Loss(main + state.penalty * self.coefficient * l0 / self.cfg.target_l0, terms, fired)
@@ -92,7 +96,7 @@ class JumpReLUSAE(SAE):
 
 
 class _Reconstruct(torch.autograd.Function):
-    """(x_hat, mean L0, which latents fired) from x - b_dec, through dense latents."""
+    """(z W_dec, mean L0, which latents fired) from x - b_dec, through dense latents: the latents' part."""
 
     @staticmethod
     def forward(
@@ -106,6 +110,7 @@ class _Reconstruct(torch.autograd.Function):
         low: dict[str, Tensor],
         bandwidth: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        del b_dec  # here for its gradient, as the centre of x
         W_enc, W_dec = (low.get(name, W).to(x.dtype) for name, W in (("W_enc", W_enc), ("W_dec", W_dec)))
         pre = product(x, W_enc.T, b_enc.to(x.dtype))
         z, counts = jump(pre, threshold)
@@ -113,7 +118,7 @@ class _Reconstruct(torch.autograd.Function):
         ctx.bandwidth = bandwidth
         fired = counts > 0
         ctx.mark_non_differentiable(fired)
-        return product(z, W_dec.T).float() + b_dec, counts.sum() / len(x), fired
+        return product(z, W_dec.T).float(), counts.sum() / len(x), fired
 
     @staticmethod
     @once_differentiable
@@ -125,7 +130,7 @@ class _Reconstruct(torch.autograd.Function):
         )
         grad_W_dec = product(z.T, low.T, out=torch.float32)
         grad_W_enc = product(grad_pre.T, x.T, out=torch.float32).T
-        grad_b_dec = grad.sum(dim=0) - (W_enc @ grad_b_enc.to(x.dtype)).float()
+        grad_b_dec = -(W_enc @ grad_b_enc.to(x.dtype)).float()
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
 
 
@@ -144,7 +149,7 @@ class _SparseReconstruct(torch.autograd.Function):
         low: dict[str, Tensor],
         bandwidth: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        del low  # kept on GPUs only
+        del low, b_dec  # kept on GPUs only; here for its gradient, as the centre of x
         pre = _above(x, W_enc, b_enc, threshold - bandwidth / 2)
         at = threshold.index_select(0, pre.columns)
         on = pre.values > at
@@ -153,7 +158,7 @@ class _SparseReconstruct(torch.autograd.Function):
         ctx.bandwidth = bandwidth
         fired = torch.bincount(z.columns, minlength=len(threshold)) > 0
         ctx.mark_non_differentiable(fired)
-        return row_sums(z, W_dec) + b_dec, on.sum() / len(x), fired
+        return row_sums(z, W_dec), on.sum() / len(x), fired
 
     @staticmethod
     @once_differentiable
@@ -165,9 +170,9 @@ class _SparseReconstruct(torch.autograd.Function):
         near = ((pre.values - at).abs() < ctx.bandwidth / 2) / ctx.bandwidth
         step = near * (grad_z * at + grad_l0 / len(x))
         grad_threshold = torch.zeros_like(threshold).index_add_(0, pre.columns, step, alpha=-1)
-        grad_W_enc, grad_b_enc, of_centre = encoder_gradients(pre._replace(values=grad_z * on + step), x.float(), W_enc)
+        grad_pre = pre._replace(values=grad_z * on + step)
+        grad_W_enc, grad_b_enc, grad_b_dec = encoder_gradients(grad_pre, x.float(), W_enc)
         grad_W_dec = row_sums(transposed(z, len(W_dec)), grad)
-        grad_b_dec = grad.sum(dim=0) + of_centre
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
 
 

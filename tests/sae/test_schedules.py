@@ -70,7 +70,8 @@ def test_the_gradient_that_adam_sees_is_clipped_and_the_log_has_the_whole_norm(r
         return math.sqrt(sum(float(mean.square().sum()) for mean in means)), stepper.figures()["grad_norm"]
 
     seen, whole = first_step(1e6)
-    assert seen == pytest.approx(0.1 * whole, rel=1e-4)  # the first moment after one step is 1 - beta of the gradient
+    # The first moment after one step is 1 - beta of the gradient, which then has no part along the decoder's rows.
+    assert 0.05 * whole < seen < 0.1 * whole
     assert first_step(whole / 7) == pytest.approx((seen / 7, whole), rel=1e-4)
 
 
@@ -221,7 +222,9 @@ def test_rows_that_are_not_finite_stop_it_and_the_last_good_checkpoint_is_named(
         train(run, wanted, name="a", checkpoint_seconds=0.0)
     assert "\n" not in str(error.value)
     named = Path(str(error.value).split("checkpoint: ")[1].rstrip("."))
-    assert all(tensor.isfinite().all() for tensor in load_file(named / checkpoint.STATE).values())
+    files = [load_file(path) for path in named.glob("*.safetensors")]
+    assert files
+    assert all(tensor.isfinite().all() for file in files for tensor in file.values())
     step = checkpoint.steps_of(run.dictionary("a"))[-1]
     assert named == checkpoint.path_of(run.dictionary("a"), step)
     assert [line["step"] for line in log_of(run.dictionary("a"))][-1] == step
