@@ -1,6 +1,7 @@
 """Checkpoints: folders `checkpoints/step-N`, written aside and renamed; the newest few are kept."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +36,21 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:09d}"
 
 
-def save(folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint of `tensors` at `place`; the last `keep` stay. facts: settings, versions."""
+def save(folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any]) -> None:
+    """Write a checkpoint of `tensors` at `place`. facts: settings, versions."""
     with write_aside(path_of(folder, place.step)) as aside:
         aside.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / STATE)
         write_json(aside / "state.json", {**place._asdict(), **facts})
-    for old in steps_of(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old))
+
+
+def forget(folder: Path, steps: Iterable[int]) -> None:
+    """Delete the checkpoints at `steps`; each is there whole or not at all."""
+    gone = folder / "checkpoints" / ".forgotten"
+    for step in steps:
+        shutil.rmtree(gone, ignore_errors=True)  # what a killed process left
+        path_of(folder, step).rename(gone)
+        shutil.rmtree(gone)
 
 
 def read_place(folder: Path, step: int) -> Place:

@@ -50,7 +50,7 @@ def loss(
 ) -> Loss:
     """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen."""
     with torch.no_grad():
-        pre = pre_activations(sae, x)
+        pre = pre_activations(sae, x) if state.pre is None else state.pre
         chosen, indices = select(pre, state.k or k)
     with torch.autocast(x.device.type, enabled=False):
         values = sparse.selected(chosen, indices, x, sae.W_enc, sae.b_enc, sae.b_dec)
