@@ -3,6 +3,7 @@
 A reader never sees half a file, and a process killed at any instruction leaves the old file in place.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from activations.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 @contextmanager
@@ -89,6 +93,29 @@ def is_locked(path: Path) -> bool:
         return False
     holder.release()
     return False
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the errors of a full disk and of a folder that cannot be written to, inside the block, into InputError."""
+    try:
+        yield
+    except Exception as error:
+        path = getattr(error, "filename", None) or place
+        if is_full(error):
+            raise InputError(
+                f"The disk is full at {path}: free some space and run the same command again; it goes on."
+            ) from None
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}): give the rights, or choose another folder."
+            ) from None
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the error is that of a full disk. safetensors tells the system's number in words alone."""
+    return getattr(error, "errno", None) in _FULL or any(f"os error {number}" in str(error) for number in _FULL)
 
 
 def safe_name(name: str) -> str:

@@ -5,7 +5,6 @@ itself: what has a record is whole. `finish` gathers the records into manifest.j
 killed, writers need not know of each other, and a reader can follow while others write.
 """
 
-import errno
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activations.errors import InputError
-from activations.files import flush, read_json, write_aside, write_json
+from activations.files import flush, is_full, read_json, write_aside, write_json
 
 FORMAT = 2
 
@@ -95,7 +94,7 @@ class Shards:
             if not self.manifest["complete"]:  # else it takes the place of a damaged one, and the record stands
                 write_json(self._record(i), record, sync=False)
         except (OSError, SafetensorError) as error:
-            if _is_full(error):
+            if is_full(error):
                 raise InputError(
                     f"The disk is full at {path}: free some space and run the same command again; it goes on there."
                 ) from None
@@ -157,11 +156,6 @@ class Shards:
 
     def _damaged(self, i: int, why: str) -> InputError:
         return InputError(f"{self._path(i)} is damaged ({why}): remove that file and run `sae collect` again.")
-
-
-def _is_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def _sha256(path: Path) -> str:

@@ -1,10 +1,11 @@
 """The steps that join rooms: corpus to activations, run to dictionary, the demo. Commands and notebooks call these."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from activations.cache import Activations
 from activations.capture import MEMORY, STORED, collect, write_tokens
@@ -16,6 +17,7 @@ from activations.model import Model, load_model
 from activations.modules import collect_vectors
 from activations.ranks import joined
 from activations.run import NO_MODEL, Run
+from app.recipe import Recipe, recipe_of, training
 from app.sources import Embeddings, Text, Vectors
 from autointerp.client import ChatClient
 from autointerp.index import index
@@ -25,9 +27,8 @@ from autointerp.scorers.detection import QUICK
 from data.store import open_store
 from data.store.schema import STORE_FILE
 from sae.evals.suite import EVAL, evaluate
-from sae.registry import REGISTRY
-from sae.settings import Training, default_name
-from sae.train import train
+from sae.settings import default_name
+from sae.train import begun_with, train
 
 DEFAULT_TEXT = Text()
 
@@ -132,63 +133,54 @@ class Trained(NamedTuple):
 def train_run(
     path: Path,
     *,
-    arch: str = "topk",
-    hook: str | None = None,
     name: str | None = None,
-    d_sae: int | None = None,
-    expansion: int = 8,
-    k: float = 32,
-    tokens: int = 10_000_000,
-    batch: int = 2048,
-    lr: float | None = None,
-    roles: Sequence[str] = (),
-    live: bool = False,
-    seed: int = 0,
+    resume: bool = False,
     keep: int = 2,
     overwrite: bool = False,
     device: str = "auto",
+    track: Sequence[str] = (),
+    **recipe: Unpack[Recipe],
 ) -> Trained:
-    """Train one dictionary of the run at `path`; see `sae.train.train`.
+    """Train one dictionary of the run at `path` by `recipe`; see `sae.train.train`.
 
-    live: read the rows in the order in which they come, so that the cache need not be whole: from a capture that still
-    goes on, or, when the hook has no cache, from the model. Raises InputError.
+    resume: what the recipe does not say is as `name` was begun with. live (in the recipe): read the rows in the order
+    in which they come, so that the cache need not be whole: from a capture that still goes on, or, when the hook has no
+    cache, from the model. Raises InputError.
     """
     run = Run.open(path)
-    if hook is None:
-        hooks = run.hooks()
-        if len(hooks) != 1:
-            raise InputError(f"{path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
-        hook = hooks[0]
-    cache: Activations
-    if live and hook not in run.hooks():
-        if roles:
-            raise InputError("Roles are chosen from a cache: run `sae collect` first, or leave out --role.")
-        cache = LiveActivations(run, model_of(run, device=device), hook)
-    else:
-        cache = run.activations(hook, roles=roles, follow=live)
-    if arch not in REGISTRY:
-        raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
-    field = REGISTRY[arch].sparsity
-    if field == "k" and k != int(k):
-        raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
-    sizes = {"d_sae": d_sae or expansion * cache.d_in, field: int(k) if field == "k" else k}
-    settings = Training(
-        architecture=arch,
-        hook=hook,
-        sizes=sizes,
-        n_tokens=tokens,
-        batch=batch,
-        lr=lr,
-        seed=seed,
-        order="stream" if live else "shuffled",
-        roles=tuple(roles),
-    )
-    settings.config(cache.d_in)
+    begun = begun_with(run.dictionary(name)) if resume and name and not overwrite else None
+    if begun is not None:
+        before = recipe_of(begun)
+        if "expansion" in recipe:
+            del before["d_sae"]
+        recipe = before | recipe
+    hook = recipe.get("hook") or _only_hook(run)
+    cache = _rows(run, hook, recipe, device)
+    settings = training(recipe, hook=hook, d_in=cache.d_in)
+    if begun is not None:
+        settings = dataclasses.replace(settings, sizes={**begun.sizes, **settings.sizes})
     folder = run.dictionary(name or default_name(settings))
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     finished = (folder / "cfg.json").exists()
-    return Trained(train(run, settings, name=name, device=device, keep=keep, source=cache), finished)
+    return Trained(train(run, settings, name=name, device=device, keep=keep, source=cache, track=track), finished)
+
+
+def _only_hook(run: Run) -> str:
+    hooks = run.hooks()
+    if len(hooks) != 1:
+        raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
+    return hooks[0]
+
+
+def _rows(run: Run, hook: str, recipe: Recipe, device: str) -> Activations:
+    """The rows at `hook`, from the cache or from the model."""
+    live, roles = recipe.get("live", False), recipe.get("roles", ())
+    if not live or hook in run.hooks():
+        return run.activations(hook, roles=roles, follow=live)
+    if roles:
+        raise InputError("Roles are chosen from a cache: run `sae collect` first, or leave out --role.")
+    return LiveActivations(run, model_of(run, device=device), hook)
 
 
 DEMO_TOKENS = 300_000

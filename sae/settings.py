@@ -66,10 +66,15 @@ class Training:
                 raise InputError(f"{name}={getattr(self, name)} is no share of the run: expected 0 to 1.")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema={self.ema} is out of range: expected 0 (off) to below 1, such as 0.999.")
-        if self.clip <= 0 or (self.lr is not None and self.lr <= 0):
+        if not self.clip > 0 or (self.lr is not None and not self.lr > 0):
             raise InputError(f"lr={self.lr}, clip={self.clip}: expected both above 0.")
+        for name in ("dead_tokens", "resample_every"):
+            if (tokens := getattr(self, name)) is not None and tokens < 1:
+                raise InputError(f"{name}={tokens} is no number of tokens: expected at least 1.")
         if self.k_from is not None and "k" not in self.sizes:
             raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
+        if self.sparsity_warmup and "k" in self.sizes:
+            raise InputError(f"sparsity_warmup={self.sparsity_warmup}: {self.architecture} has no penalty; use k_from.")
 
     @property
     def n_steps(self) -> int:

@@ -71,7 +71,7 @@ class Stepper:
         self._last_fired.copy_(torch.where(loss.fired, self._tokens, self._last_fired))
         for name, mean in self._ema.items():
             mean.lerp_(getattr(self.sae, name).detach(), 1 - self.settings.ema)
-        self.terms = {**loss.terms, "grad_norm": self.optimizer.norm}
+        self.terms = {"loss": loss.total.detach(), **loss.terms, "grad_norm": self.optimizer.norm}
 
     def recount(self) -> None:
         """Count the dead latents. What a step sees of them changes only here."""

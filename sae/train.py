@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
-from activations.files import lock, read_json, write_json
+from activations.files import lock, read_json, write_json, writing
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
 from activations.shuffle import START, Shuffled
 from sae import checkpoint
 from sae.checkpoint import Place
 from sae.files import CFG, save_sae
-from sae.monitor import Monitor, progress
+from sae.monitor import Bar, Monitor
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.stack import Together
@@ -51,6 +51,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     source: Activations | None = None,
+    track: Sequence[str] = (),
 ) -> Path:
     """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
@@ -60,7 +61,7 @@ def train(
     together = {name or default_name(settings): settings}
     sources = None if source is None else {settings.hook: source}
     return train_together(
-        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources
+        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources, track=track
     )[name or default_name(settings)].folder
 
 
@@ -82,18 +83,22 @@ def train_together(
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
     sources: Mapping[str, Activations] | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Outcome]:
     """Train dictionaries (ID: settings), those of a hook in one pass over its activations.
 
     Those that are finished are passed over, begun ones go on from the last checkpoint that they have in common, new
     ones are trained after them. What a dictionary becomes does not depend on those beside it.
-    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says.
+    checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says. track: who
+    else draws the curves, "wandb" or "tensorboard".
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
-    trained with other settings, they cannot be trained together, or a loss is no longer finite.
+    trained with other settings or cannot be written to, they cannot be trained together, the disk is full, or a loss
+    is no longer finite. The checkpoints stay, and training goes on from the last one.
     """
     where = pick_device(device)
     folders = {name: run.dictionary(name) for name in wanted}
     with ExitStack() as stack:
+        stack.enter_context(writing(run.path / "dictionaries"))
         for folder in folders.values():
             stack.enter_context(lock(folder / ".train.lock"))
         plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
@@ -104,6 +109,9 @@ def train_together(
             if plan.hook not in rows_at:
                 rows_at[plan.hook] = run.activations(plan.hook, roles=plan.roles)
             plan.config(rows_at[plan.hook].d_in)  # refuses what cannot be
+        for source in rows_at.values():
+            if isinstance(source, CachedActivations):
+                source.check()
         for name, plan in unfinished.items():
             if not (folders[name] / BEGUN).exists():
                 write_json(folders[name] / BEGUN, _facts(plan))
@@ -111,7 +119,7 @@ def train_together(
         for start, names in _passes(unfinished, folders):
             together = {name: unfinished[name] for name in names}
             source = rows_at[together[names[0]].hook]
-            outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep)
+            outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep, track)
     return outcomes
 
 
@@ -123,12 +131,11 @@ def _train_pass(
     where: torch.device,
     checkpoint_seconds: float,
     keep: int,
+    track: Sequence[str],
 ) -> dict[str, Outcome]:
     """Train dictionaries of one hook from step `start` on, of which all have a checkpoint if it is not 0."""
     folders = {name: run.dictionary(name) for name in plans}
     common = next(iter(plans.values()))
-    if isinstance(source, CachedActivations):
-        source.check()
     batches = Shuffled(source, batch=common.batch, seed=common.rows_seed, order=common.order, device=where)
     began = time.monotonic()
     with ExitStack() as stack:
@@ -149,8 +156,8 @@ def _train_pass(
             checkpoint.forget(folders[name], (step for step in checkpoint.steps_of(folders[name]) if step > start))
         together = Together(list(steppers.values()))
 
-        logs = {name: stack.enter_context(closing(Monitor(folders[name], start))) for name in plans}
-        bar = stack.enter_context(progress(common.n_tokens, start * common.batch))
+        logs = {name: stack.enter_context(closing(Monitor(folders[name], plans[name], start, track))) for name in plans}
+        bar = stack.enter_context(closing(Bar(common.n_steps * common.batch, start * common.batch)))
         saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
@@ -158,15 +165,17 @@ def _train_pass(
             for stepper in steppers.values():
                 if stepper.settings.resamples_at(step - 1):
                     stepper.resample(rows[source.hook])
-            bar.update(common.batch)
+            bar.step(common.batch)
 
             if step % LOG_EVERY == 0 or step == common.n_steps:
+                shown = []
                 for name, stepper in steppers.items():
                     stepper.recount()
                     figures = stepper.figures()
                     _check_finite(figures, step, folders[name])
                     logs[name].line(step, step * common.batch, figures)
-                bar.set_postfix(fvu=f"{figures['fvu']:.3f}", l0=f"{figures['l0']:.1f}", dead=int(figures["n_dead"]))
+                    shown.append({**figures, "dead": stepper.n_dead / stepper.sae.d_sae})
+                bar.figures(shown)
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
                 if time.monotonic() - saved > checkpoint_seconds:
                     for name, stepper in steppers.items():
@@ -182,6 +191,7 @@ def _train_pass(
             sae.metadata = _metadata(run, stepper.settings)
             sae.statistics = latent_statistics(sae, source)
             save_sae(sae, folders[name])
+            logs[name].finish()
     n_tokens = (common.n_steps - start) * common.batch
     return {name: Outcome(folder, n_tokens, seconds) for name, folder in folders.items()}
 
@@ -237,6 +247,19 @@ def _first_rows(batches: Shuffled, hook: str) -> Tensor:
 
 def _facts(settings: Training) -> dict[str, Any]:
     return {**dataclasses.asdict(settings), "versions": versions(), "threads": torch.get_num_threads()}
+
+
+def begun_with(folder: Path) -> Training | None:
+    """The settings that the dictionary in `folder` was begun with; None when it was not. Raises InputError."""
+    path = folder / BEGUN
+    if not path.exists():
+        return None
+    begun = read_json(path)
+    known = {field.name: begun[field.name] for field in dataclasses.fields(Training) if field.name in begun}
+    try:
+        return Training(**{**known, "roles": tuple(known.get("roles", ()))})
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path} is damaged or of another version ({error}): train with --overwrite.") from None
 
 
 def _is_finished(folder: Path, settings: Training) -> bool:

@@ -27,6 +27,7 @@ class Count(click.ParamType[int]):
 
 
 COUNT = Count()
+SHARE = click.FloatRange(0, 1)
 
 Command = Callable[..., Any]
 

@@ -2,83 +2,77 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import click
 
-from app.cli.options import COUNT, device_option, json_option, overwrite_option
+from app.cli.options import COUNT, SHARE, device_option, json_option, overwrite_option
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--arch", default="topk", show_default=True, help="topk, jumprelu or abstopk.")
-@click.option("--hook", default=None, help="Where its activations were read. [default: the run's only hook]")
-@click.option("--name", default=None, help="ID of the dictionary. [default: HOOK-ARCH-dN-kK-sSEED]")
-@click.option("--d-sae", type=COUNT, default=None, help="Number of latents.")
+@click.option("--arch", show_default="topk", help="topk, jumprelu or abstopk.")
+@click.option("--hook", show_default="the run's only hook", help="Where its activations were read.")
+@click.option("--name", show_default="HOOK-ARCH-dN-kK-sSEED", help="ID of the dictionary.")
+@click.option("--d-sae", type=COUNT, help="Number of latents.")
+@click.option("--expansion", type=click.IntRange(1), show_default="8", help="Latents, in widths of the hook.")
+@click.option("-k", type=float, show_default="32", help="Active latents a token (jumprelu: on average).")
+@click.option("--tokens", type=COUNT, show_default="10M", help="Rows visited, over several epochs if need be.")
+@click.option("--batch", type=COUNT, show_default="2048", help="Rows in a step.")
+@click.option("--lr", type=float, show_default="by architecture and width", help="Peak learning rate.")
+@click.option("--warmup", type=SHARE, show_default="0.05", help="Share of the run over which the rate rises.")
+@click.option("--decay", type=SHARE, show_default="0.2", help="Share of the run over which it falls to 0 at the end.")
+@click.option("--clip", type=float, show_default="1.0", help="Largest norm of the gradient.")
+@click.option("--k-from", type=COUNT, show_default="k", help="Active latents a token in the first step.")
+@click.option("--k-anneal", type=SHARE, show_default="0.1", help="Share over which they fall from --k-from to -k.")
+@click.option("--sparsity-warmup", type=SHARE, show_default="0.0", help="Share over which a sparsity penalty rises.")
+@click.option("--ema", type=float, show_default="0.0", help="Save a running mean that keeps so much of itself a step.")
 @click.option(
-    "--expansion", type=click.IntRange(1), default=8, show_default=True, help="Latents, in widths of the hook."
+    "--dead-after", type=COUNT, show_default="a tenth of the run", help="Tokens without firing: a latent is dead."
 )
+@click.option("--resample-every", type=COUNT, show_default="never", help="Tokens between resamplings of the dead.")
 @click.option(
-    "-k", "sparsity", type=float, default=32, show_default=True, help="Active latents a token (jumprelu: on average)."
+    "--matmul",
+    metavar="float32|bfloat16",
+    show_default="the machine's faster",
+    help="Precision of the wide products.",
 )
-@click.option(
-    "--tokens", type=COUNT, default="10M", show_default=True, help="Rows visited, over several epochs if need be."
-)
-@click.option("--batch", type=COUNT, default=2048, show_default=True, help="Rows in a step.")
-@click.option("--lr", type=float, default=None, help="Peak learning rate. [default: by architecture and width]")
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Of a chat: tokens of this role only; repeatable.")
 @click.option(
     "--live", is_flag=True, help="Do not wait for a whole cache: follow `sae collect`, or without one run the model."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, show_default="0", help="Of the weights at the start and of the order of the rows.")
+@click.option("--order-seed", type=int, show_default="--seed", help="Of the order of the rows alone.")
+@click.option(
+    "--track", multiple=True, metavar="wandb|tensorboard", help="Draw the curves there too; repeatable, needs an extra."
+)
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints that stay.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; this is what happens anyway.")
+@click.option("--resume", is_flag=True, help="With --name: take the settings that it was begun with.")
 @overwrite_option
 @device_option
 @json_option
 def command(
     run: Path,
-    arch: str,
-    hook: str | None,
     name: str | None,
-    d_sae: int | None,
-    expansion: int,
-    sparsity: float,
-    tokens: int,
-    batch: int,
-    lr: float | None,
-    roles: tuple[str, ...],
-    live: bool,
-    seed: int,
+    track: tuple[str, ...],
     keep: int,
     resume: bool,
     overwrite: bool,
     device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train one dictionary on what RUN has cached. Example: sae train runs/mine --arch topk -k 32 --tokens 10M
 
     Started again it goes on from the last checkpoint and ends in the same weights as an unbroken run.
     """
-    del resume
     from app.pipeline import train_run
+    from app.recipe import Recipe
 
+    # By identity: 0 is a value that was given, and equals False.
+    given = {option: v for option, v in options.items() if not (v is None or v is False or v == ())}
     made = train_run(
-        run,
-        arch=arch,
-        hook=hook,
-        name=name,
-        d_sae=d_sae,
-        expansion=expansion,
-        k=sparsity,
-        tokens=tokens,
-        batch=batch,
-        lr=lr,
-        roles=roles,
-        live=live,
-        seed=seed,
-        keep=keep,
-        overwrite=overwrite,
-        device=device,
+        run, name=name, resume=resume, keep=keep, overwrite=overwrite, device=device, track=track, **cast(Recipe, given)
     )
     last = json.loads((made.folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if as_json:

@@ -1,0 +1,83 @@
+"""What a person says of one dictionary (options of `sae train`, keys of a sweep's file), and the settings from it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from activations.errors import InputError
+from sae.registry import REGISTRY
+from sae.settings import Training
+
+
+class Recipe(TypedDict, total=False):
+    """The options of `sae train` that describe the dictionary, `_` for `-`; one that is not there has its default."""
+
+    arch: str
+    hook: str
+    d_sae: int
+    expansion: int
+    k: float
+    tokens: int
+    roles: Sequence[str]
+    live: bool
+    dead_after: int
+    # As in `Training`.
+    batch: int
+    lr: float
+    seed: int
+    order_seed: int
+    warmup: float
+    decay: float
+    clip: float
+    k_from: int
+    k_anneal: float
+    sparsity_warmup: float
+    ema: float
+    resample_every: int
+    matmul: str
+
+
+SAME = Recipe.__annotations__.keys() & {field.name for field in dataclasses.fields(Training)} - {"hook", "roles"}
+EXPANSION, K, TOKENS = 8, 32, 10_000_000
+
+
+def training(recipe: Recipe, *, hook: str, d_in: int) -> Training:
+    """The settings of a dictionary of the activations at `hook`, d_in wide. Raises InputError."""
+    arch = recipe.get("arch", "topk")
+    if arch not in REGISTRY:
+        raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
+    field, k = REGISTRY[arch].sparsity, recipe.get("k", K)
+    if field == "k" and k != int(k):
+        raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
+    given: dict[str, Any] = {name: value for name, value in recipe.items() if name in SAME}
+    made = Training(
+        architecture=arch,
+        hook=hook,
+        sizes={
+            "d_sae": recipe.get("d_sae") or recipe.get("expansion", EXPANSION) * d_in,
+            field: int(k) if field == "k" else float(k),
+        },
+        n_tokens=recipe.get("tokens", TOKENS),
+        order="stream" if recipe.get("live") else "shuffled",
+        roles=tuple(recipe.get("roles", ())),
+        dead_tokens=recipe.get("dead_after"),
+        **given,
+    )
+    made.config(d_in)
+    return made
+
+
+def recipe_of(settings: Training) -> Recipe:
+    """The other way: every option, as `settings` has it."""
+    of = dataclasses.asdict(settings)
+    whole: dict[str, Any] = {name: of[name] for name in SAME} | {
+        "arch": settings.architecture,
+        "hook": settings.hook,
+        "d_sae": settings.sizes["d_sae"],
+        "k": settings.sizes[REGISTRY[settings.architecture].sparsity],
+        "tokens": settings.n_tokens,
+        "roles": settings.roles,
+        "live": settings.order == "stream",
+        "dead_after": settings.dead_tokens,
+    }
+    return Recipe(**{name: value for name, value in whole.items() if value is not None})  # type: ignore[typeddict-item]
