@@ -1,7 +1,7 @@
 """Resampling: dead latents start anew at inputs that the dictionary reconstructs badly.
 
-Each takes the direction of an input, drawn with probability proportional to its squared error; its encoder row is that
-direction at a fifth of the living rows' mean norm, its bias 0, its Adam moments 0.
+Each takes the direction of an input, drawn with probability proportional to the square of its squared error; its
+encoder row is that direction at a fifth of the living rows' mean norm, its bias 0, its Adam moments 0.
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling".
 """
 
@@ -23,6 +23,7 @@ def resample(
     if not len(dead):
         return
     errors = (x - sae.reconstruct(x)).square().sum(dim=1).square().double().cpu()
+    errors = torch.nan_to_num(errors, posinf=0.0)  # where training went wrong, the loop says so at its next look
     drawn = torch.multinomial(errors + 1e-12, len(dead), replacement=True, generator=generator)
     rows = x[drawn.to(x.device)] - sae.b_dec
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from activations.errors import InputError
 from activations.files import read_json, write_json
@@ -19,14 +19,6 @@ from sae.settings import Training
 
 Line = Mapping[str, Any]
 """A line of train.jsonl: step, tokens and figures."""
-
-
-class Tracker(Protocol):
-    def line(self, line: Line) -> None:
-        """Show one more line, in the order of the log."""
-
-    def close(self) -> None:
-        """Write out what is held back."""
 
 
 class TensorBoard:
@@ -96,6 +88,7 @@ class WandB:
         self._run.finish()
 
 
+Tracker = TensorBoard | WandB
 _TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
