@@ -23,6 +23,7 @@ def main() -> None:
     st.html(f"<style>{css_variables()}\n{(HERE / 'style.css').read_text(encoding='utf-8')}</style>")
     pages = {
         "overview": st.Page(HERE / "views/overview.py", title="Overview", url_path="overview", default=True),
+        "sweep": st.Page(HERE / "views/sweep.py", title="Sweep", url_path="sweep"),
         "features": st.Page(HERE / "views/features.py", title="Features", url_path="features"),
         "feature": st.Page(HERE / "views/feature.py", title="Feature", url_path="feature"),
         "steer": st.Page(HERE / "views/steer.py", title="Steer", url_path="steer"),

@@ -75,7 +75,7 @@ def find(runs: Sequence[RunFolder], run: str, dictionary: str) -> Dictionary | N
 
 def _run(folder: Path) -> RunFolder:
     address = shown_path(folder)
-    meta, fault = _read(folder / "run.json")
+    meta, fault = read_object(folder / "run.json")
     inside = folder.resolve()
     found = sorted(p.parent for p in folder.glob("dictionaries/*/cfg.json"))
     return RunFolder(
@@ -92,8 +92,8 @@ def _run(folder: Path) -> RunFolder:
                 folder=each,
                 address=f"{address}/{each.name}",
                 model_dtype=dtype if isinstance(dtype := (meta or {}).get("model_dtype"), str) else None,
-                config=_read(each / "cfg.json")[0] or {},
-                evaluation=_read(each / "eval.json")[0],
+                config=read_object(each / "cfg.json")[0] or {},
+                evaluation=read_object(each / "eval.json")[0],
             )
             for each in found
             if not each.name.startswith(".") and each.resolve().is_relative_to(inside)
@@ -101,7 +101,7 @@ def _run(folder: Path) -> RunFolder:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The JSON object in `path` and what is wrong with it."""
     try:
         if path.stat().st_size > LARGEST_JSON:

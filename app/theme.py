@@ -26,6 +26,8 @@ NEGATIVE = Tone("#74b8f7", "#1f5fbf")
 POSITIVE_BAR = Tone("#e07b12", "#ee9440")
 """In charts and bars, beside paper."""
 NEGATIVE_BAR = Tone("#2f7fd0", "#62aaf0")
+SERIES = ("#2f7fd0", "#e07b12", "#159a92", "#a866d6", "#d0487d", "#8b8f1f", "#8a97a6", "#b5714a")
+"""Lines of a chart, in both modes: each stands out on either paper."""
 
 _VARIABLES = {
     "paper": PAPER,

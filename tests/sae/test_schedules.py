@@ -185,7 +185,8 @@ def test_killed_and_resumed_with_everything_on_it_ends_in_the_same_bytes(run, mo
     wanted = settings(architecture, steps=300, warmup=0.3, decay=0.3, **on, **sparsity)
     resampled = []
     monkeypatch.setattr(
-        "sae.stepper.resample", lambda *given, real=sae.stepper.resample: (resampled.append(len(given[2])), real(*given))
+        "sae.stepper.resample",
+        lambda *given, real=sae.stepper.resample: (resampled.append(len(given[2])), real(*given)),
     )
     whole = train(run, wanted, name="whole")
     assert architecture == "jumprelu" or any(resampled), "something was resampled"
