@@ -24,6 +24,7 @@ def main() -> None:
     pages = {
         "overview": st.Page(HERE / "views/overview.py", title="Overview", url_path="overview", default=True),
         "training": st.Page(HERE / "views/training.py", title="Training", url_path="training"),
+        "sweep": st.Page(HERE / "views/sweep.py", title="Sweep", url_path="sweep"),
         "features": st.Page(HERE / "views/features.py", title="Features", url_path="features"),
         "feature": st.Page(HERE / "views/feature.py", title="Feature", url_path="feature"),
         "steer": st.Page(HERE / "views/steer.py", title="Steer", url_path="steer"),

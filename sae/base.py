@@ -61,6 +61,8 @@ class State(NamedTuple):
     """Active latents a token in this step while k is annealed; None: the config's."""
     penalty: Float[Tensor, ""] | float = 1.0
     """What a sparsity penalty is multiplied by while it warms up."""
+    pre: Float[Tensor, "n d_sae"] | None = None
+    """Pre-activations of the batch, where they were made together with those of other dictionaries (`sae.stack`)."""
 
 
 class Loss(NamedTuple):

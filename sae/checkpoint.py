@@ -7,7 +7,7 @@ parts in the whole. So what N processes wrote, M read, however either share the 
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +42,9 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any], keep: int, mesh: Mesh = ALONE
+    folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any], mesh: Mesh = ALONE
 ) -> None:
-    """Write a checkpoint of `tensors` at `place`; the last `keep` stay. facts: settings, versions.
+    """Write a checkpoint of `tensors` at `place`. facts: settings, versions.
 
     On a mesh all processes call this together: each writes its own parts, and the leader gives the folder its name once
     all are there.
@@ -60,9 +60,16 @@ def save(
         mesh.ranks.from_leader(aside)
         _write(aside, tensors, mesh)
         write_json(aside / "state.json", {**place._asdict(), **facts})
-    for old in steps_of(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old))
     mesh.ranks.barrier()
+
+
+def forget(folder: Path, steps: Iterable[int]) -> None:
+    """Delete the checkpoints at `steps`; each is there whole or not at all."""
+    gone = folder / "checkpoints" / ".forgotten"
+    for step in steps:
+        shutil.rmtree(gone, ignore_errors=True)  # what a killed process left
+        path_of(folder, step).rename(gone)
+        shutil.rmtree(gone)
 
 
 def read_place(folder: Path, step: int) -> Place:

@@ -58,11 +58,17 @@ def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
 
 
 @torch.no_grad()
-def choose(sae: SAE, x: Float[Tensor, "n d_in"], k: int, dead: Dead | None) -> Codes:
+def choose(
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    k: int,
+    dead: Dead | None,
+    made: Float[Tensor, "n d_sae"] | None = None,
+) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
-    among `dead`."""
+    among `dead`. made: the pre-activations, where they are there already."""
     parts = []
-    for pre in pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
+    for pre in [made] if made is not None else pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
         dead_z = None
         if dead is not None:
             held = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
@@ -97,7 +103,7 @@ def loss(
     """
     dead = state.dead if auxk_weight else None
     x, mesh = centred(sae, x), sae.mesh
-    codes = choose(sae, x, state.k or k, dead)
+    codes = choose(sae, x, state.k or k, dead, state.pre)
     with torch.autocast(x.device.type, enabled=False):
         decoded, of_dead = _Reconstruct.apply(
             codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed

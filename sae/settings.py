@@ -81,6 +81,11 @@ class Training:
         return self.n_tokens // self.batch
 
     @property
+    def rows_seed(self) -> int:
+        """The seed that the order of the rows follows from."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+    @property
     def dead_after(self) -> int:
         """Tokens without firing after which a latent is dead."""
         return self.dead_tokens or max(min(10_000_000, self.n_tokens // 10), self.batch)

@@ -43,21 +43,25 @@ class Stepper:
         self._terms_of: dict[int, dict[str, Tensor]] = {}
         self._rows: Tensor | None = None
 
-    def step(self, rows: Tensor) -> None:
-        """One optimisation step on rows (n, d_in) as the hook gives them, on the device."""
+    def step(self, rows: Tensor, pre: Tensor | None = None) -> None:
+        """One optimisation step on rows (n, d_in) as the hook gives them, on the device.
+
+        pre: their pre-activations (n, d_sae), if they were made already; on a GPU at each step in the same memory, so
+        that a graph finds them.
+        """
         at, settings = self.n_steps_done, self.settings
         self.optimizer.set_lr(settings.lr_at(at, self.sae.d_sae))
         self._penalty.fill_(settings.penalty_at(at))
         k = settings.k_at(at)
         if k is None and self._graphs_pay(len(rows)):
-            self._replay(rows)
+            self._replay(rows, pre)
         else:
-            self._compute(rows, k)
+            self._compute(rows, k, pre)
         self.n_steps_done += 1
 
-    def _compute(self, rows: Tensor, k: int | None) -> None:
+    def _compute(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:
         x = rows.float() * self.scale
-        state = State(k=k, penalty=self._penalty, dead=self._dead)
+        state = State(k=k, penalty=self._penalty, dead=self._dead, pre=pre)
         with torch.autocast(self.device.type, dtype=self.matmul, enabled=self.matmul != torch.float32):
             loss = self.sae.loss(x, x, state)
         loss.total.backward()
@@ -146,7 +150,7 @@ class Stepper:
     def _graphs_pay(self, n: int) -> bool:
         return self.device.type == "cuda" and n * self.sae.d_sae <= GRAPH_BELOW and self.n_steps_done >= EAGER_STEPS
 
-    def _replay(self, rows: Tensor) -> None:
+    def _replay(self, rows: Tensor, pre: Tensor | None) -> None:
         if self._rows is None:
             self._rows = torch.empty_like(rows)
         self._rows.copy_(rows)
@@ -155,7 +159,7 @@ class Stepper:
             pool = next((graph.pool() for graph in self._graphs.values()), None)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._compute(self._rows, None)
+                self._compute(self._rows, None, pre)
             self._graphs[key], self._terms_of[key] = graph, self.terms
         self._graphs[key].replay()
         self.terms = self._terms_of[key]

@@ -9,10 +9,11 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +30,15 @@ from sae.files import CFG, save_sae
 from sae.monitor import Bar, Monitor
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
+from sae.stack import Together
 from sae.statistics import latent_statistics
 from sae.stepper import Stepper
 
+BEGUN = "train.json"
+"""All settings of a dictionary, written when its training begins."""
 LOG_EVERY = 20
 """Steps between log lines and counts of dead latents: the only times at which the host waits for the device."""
-SHARED = ("n_tokens", "batch", "order", "roles")
+SHARED = ("n_tokens", "batch", "order", "rows_seed", "roles")
 """Settings that dictionaries trained together have in common."""
 
 
@@ -58,7 +62,17 @@ def train(
     sources = None if source is None else {settings.hook: source}
     return train_together(
         run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources, track=track
-    )[0]
+    )[name or default_name(settings)].folder
+
+
+class Outcome(NamedTuple):
+    """What `train_together` did for one dictionary."""
+
+    folder: Path
+    n_tokens: int = 0
+    """Rows visited now: 0 when it was finished before, fewer than the settings say when it was resumed."""
+    seconds: float = 0.0
+    """In which they were, beside the others of its pass."""
 
 
 def train_together(
@@ -70,10 +84,11 @@ def train_together(
     keep: int = 2,
     sources: Mapping[str, Activations] | None = None,
     track: Sequence[str] = (),
-) -> list[Path]:
-    """Train dictionaries (ID: settings) in one pass over the activations; returns their folders.
+) -> dict[str, Outcome]:
+    """Train dictionaries (ID: settings), those of a hook in one pass over its activations.
 
-    Each goes on from the last checkpoint that all of them have; those that are finished are passed over.
+    Those that are finished are passed over, begun ones go on from the last checkpoint that they have in common, new
+    ones are trained after them. What a dictionary becomes does not depend on those beside it.
     checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says. track: who
     else draws the curves, "wandb" or "tensorboard".
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
@@ -87,43 +102,69 @@ def train_together(
         for folder in folders.values():
             stack.enter_context(lock(folder / ".train.lock"))
         plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
-        plans = {name: plan for name, plan in plans.items() if not _is_finished(folders[name], plan)}
-        if not plans:
-            return list(folders.values())
-        common = _common(plans)
-        hooks = list(dict.fromkeys(plan.hook for plan in plans.values()))
-        rows_at = {hook: (sources or {}).get(hook) or run.activations(hook, roles=common.roles) for hook in hooks}
+        unfinished = {name: plan for name, plan in plans.items() if not _is_finished(folders[name], plan)}
+        _check_shared(list(unfinished.values()))
+        rows_at = dict(sources or {})
+        for plan in unfinished.values():
+            if plan.hook not in rows_at:
+                rows_at[plan.hook] = run.activations(plan.hook, roles=plan.roles)
+            plan.config(rows_at[plan.hook].d_in)  # refuses what cannot be
         for source in rows_at.values():
             if isinstance(source, CachedActivations):
                 source.check()
-        seed = common.seed if common.order_seed is None else common.order_seed
-        batches = Shuffled(list(rows_at.values()), batch=common.batch, seed=seed, order=common.order, device=where)
+        for name, plan in unfinished.items():
+            if not (folders[name] / BEGUN).exists():
+                write_json(folders[name] / BEGUN, _facts(plan))
+        outcomes = {name: Outcome(folder) for name, folder in folders.items()}
+        for start, names in _passes(unfinished, folders):
+            together = {name: unfinished[name] for name in names}
+            source = rows_at[together[names[0]].hook]
+            outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep, track)
+    return outcomes
 
-        start = _newest_common([folders[name] for name in plans])
-        places = {name: checkpoint.read_place(folders[name], start) for name in plans} if start else {}
-        first = {} if start else _first_rows(batches)
+
+def _train_pass(
+    run: Run,
+    plans: Mapping[str, Training],
+    source: Activations,
+    start: int,
+    where: torch.device,
+    checkpoint_seconds: float,
+    keep: int,
+    track: Sequence[str],
+) -> dict[str, Outcome]:
+    """Train dictionaries of one hook from step `start` on, of which all have a checkpoint if it is not 0."""
+    folders = {name: run.dictionary(name) for name in plans}
+    common = next(iter(plans.values()))
+    batches = Shuffled(source, batch=common.batch, seed=common.rows_seed, order=common.order, device=where)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        if start:
+            _, cursor, scale = checkpoint.read_place(next(iter(folders.values())), start)
+        else:
+            cursor, scale = START, _scale(source, common.order)
+            first = _first_rows(batches, source.hook) * scale
         steppers: dict[str, Stepper] = {}
         for name, plan in plans.items():
-            source = rows_at[plan.hook]
-            scale = places[name].scale if start else _scale(source, plan.order)
             sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in))
             if not start:
-                sae.initialise(first[plan.hook] * scale, plan.seed)
+                sae.initialise(first, plan.seed)
             steppers[name] = stepper = Stepper(sae.to(where), plan, scale)
             if start:
                 checkpoint.restore(folders[name], start, stepper.tensors)
             stepper.restored(start)
-        cursor = next(iter(places.values())).cursor if start else START
+            checkpoint.forget(folders[name], (step for step in checkpoint.steps_of(folders[name]) if step > start))
+        together = Together(list(steppers.values()))
 
         logs = {name: stack.enter_context(closing(Monitor(folders[name], plans[name], start, track))) for name in plans}
         bar = stack.enter_context(closing(Bar(common.n_steps * common.batch, start * common.batch)))
         saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
+            together.step(rows[source.hook])
             for stepper in steppers.values():
-                stepper.step(rows[stepper.settings.hook])
                 if stepper.settings.resamples_at(step - 1):
-                    stepper.resample(rows[stepper.settings.hook])
+                    stepper.resample(rows[source.hook])
             bar.step(common.batch)
 
             if step % LOG_EVERY == 0 or step == common.n_steps:
@@ -139,16 +180,20 @@ def train_together(
                 if time.monotonic() - saved > checkpoint_seconds:
                     for name, stepper in steppers.items():
                         place = Place(step, cursor, stepper.scale)
-                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), keep)
+                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings))
+                    for folder in folders.values():  # after all have saved, so that they keep a step in common
+                        checkpoint.forget(folder, checkpoint.steps_of(folder)[:-keep])
                     saved = time.monotonic()
+        seconds = time.monotonic() - began
 
         for name, stepper in steppers.items():
             sae = stepper.finish()
             sae.metadata = _metadata(run, stepper.settings)
-            sae.statistics = latent_statistics(sae, rows_at[stepper.settings.hook])
+            sae.statistics = latent_statistics(sae, source)
             save_sae(sae, folders[name])
             logs[name].finish()
-    return list(folders.values())
+    n_tokens = (common.n_steps - start) * common.batch
+    return {name: Outcome(folder, n_tokens, seconds) for name, folder in folders.items()}
 
 
 def _with_matmul(settings: Training, where: torch.device) -> Training:
@@ -156,21 +201,31 @@ def _with_matmul(settings: Training, where: torch.device) -> Training:
     return dataclasses.replace(settings, matmul=matmul)
 
 
-def _common(plans: Mapping[str, Training]) -> Training:
-    """The first of the plans, once all are seen to agree on what they share. Raises InputError."""
-    first, *others = plans.values()
-    for other in others:
+def _check_shared(plans: list[Training]) -> None:
+    for other in plans[1:]:
         for key in SHARED:
-            if getattr(other, key) != getattr(first, key):
+            if getattr(other, key) != getattr(plans[0], key):
                 raise InputError(
-                    f"Dictionaries trained together share {key}: {getattr(first, key)!r} and {getattr(other, key)!r}."
+                    f"Dictionaries trained together share {key}: expected one, not {getattr(plans[0], key)!r} and "
+                    f"{getattr(other, key)!r}."
                 )
-    return first
 
 
-def _newest_common(folders: list[Path]) -> int:
-    """The last step that all have a checkpoint of; 0 when there is none."""
-    return max(set.intersection(*(set(checkpoint.steps_of(folder)) for folder in folders)), default=0)
+def _passes(plans: Mapping[str, Training], folders: Mapping[str, Path]) -> Iterator[tuple[int, list[str]]]:
+    """(step that it goes on from, the dictionaries) of each pass.
+
+    A hook has its own, since which rows are ordinary differs between hooks. At a hook, the step that most of the
+    dictionaries have a checkpoint of comes first, of those the newest; new ones are at step 0.
+    """
+    for hook in dict.fromkeys(plan.hook for plan in plans.values()):
+        names = [name for name, plan in plans.items() if plan.hook == hook]
+        left = {name: set(checkpoint.steps_of(folders[name])) or {0} for name in names}
+        while left:
+            counts = Counter(step for steps in left.values() for step in steps)
+            start = max(counts, key=lambda step: (counts[step], step))
+            there = [name for name in left if start in left[name]]
+            yield start, there
+            left = {name: steps for name, steps in left.items() if name not in there}
 
 
 def _scale(source: Activations, order: str) -> float:
@@ -180,14 +235,14 @@ def _scale(source: Activations, order: str) -> float:
     return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
-def _first_rows(batches: Shuffled) -> dict[str, Tensor]:
-    """At least 4,096 training rows of each hook to initialise from, in float32, on the CPU."""
-    parts: list[dict[str, Tensor]] = []
+def _first_rows(batches: Shuffled, hook: str) -> Tensor:
+    """At least 4,096 training rows to initialise from, in float32, on the CPU."""
+    parts: list[Tensor] = []
     for rows, _ in batches.batches():
-        parts.append({hook: part.float().cpu() for hook, part in rows.items()})
-        if sum(len(next(iter(part.values()))) for part in parts) >= 4096:
+        parts.append(rows[hook].float().cpu())
+        if sum(map(len, parts)) >= 4096:
             break
-    return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
+    return torch.cat(parts)
 
 
 def _facts(settings: Training) -> dict[str, Any]:
@@ -196,7 +251,7 @@ def _facts(settings: Training) -> dict[str, Any]:
 
 def begun_with(folder: Path) -> Training | None:
     """The settings that the dictionary in `folder` was begun with; None when it was not. Raises InputError."""
-    path = folder / "train.json"
+    path = folder / BEGUN
     if not path.exists():
         return None
     begun = read_json(path)
@@ -208,12 +263,10 @@ def begun_with(folder: Path) -> Training | None:
 
 
 def _is_finished(folder: Path, settings: Training) -> bool:
-    """Compare with what the folder was begun with, or begin it. True when the dictionary is there already."""
-    path = folder / "train.json"
-    if not path.exists():
-        write_json(path, _facts(settings))
+    """True when the dictionary is there already. Raises InputError when it was begun with other settings."""
+    if not (folder / BEGUN).exists():
         return False
-    begun = read_json(path)
+    begun = read_json(folder / BEGUN)
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it reads back: tuples are lists
     for key, value in wanted.items():
         if begun.get(key, getattr(Training, key, None)) != value:
