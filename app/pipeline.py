@@ -25,6 +25,7 @@ from autointerp.scorers.detection import QUICK
 from data.store import open_store
 from data.store.schema import STORE_FILE
 from sae.evals.suite import EVAL, evaluate
+from sae.parallel import Mesh
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.train import train
@@ -146,49 +147,69 @@ def train_run(
     seed: int = 0,
     keep: int = 2,
     overwrite: bool = False,
+    data_parallel: int = 1,
     device: str = "auto",
 ) -> Trained:
     """Train one dictionary of the run at `path`; see `sae.train.train`.
 
     live: read the rows in the order in which they come, so that the cache need not be whole: from a capture that still
-    goes on, or, when the hook has no cache, from the model. Raises InputError.
+    goes on, or, when the hook has no cache, from the model. Started by torchrun, the ranks train together;
+    data_parallel: how many groups of them read rows of their own (`sae.parallel`). Raises InputError.
     """
-    run = Run.open(path)
-    if hook is None:
-        hooks = run.hooks()
-        if len(hooks) != 1:
-            raise InputError(f"{path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
-        hook = hooks[0]
-    cache: Activations
-    if live and hook not in run.hooks():
-        if roles:
-            raise InputError("Roles are chosen from a cache: run `sae collect` first, or leave out --role.")
-        cache = LiveActivations(run, model_of(run, device=device), hook)
-    else:
-        cache = run.activations(hook, roles=roles, follow=live)
-    if arch not in REGISTRY:
-        raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
-    field = REGISTRY[arch].sparsity
-    if field == "k" and k != int(k):
-        raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
-    sizes = {"d_sae": d_sae or expansion * cache.d_in, field: int(k) if field == "k" else k}
-    settings = Training(
-        architecture=arch,
-        hook=hook,
-        sizes=sizes,
-        n_tokens=tokens,
-        batch=batch,
-        lr=lr,
-        seed=seed,
-        order="stream" if live else "shuffled",
-        roles=tuple(roles),
-    )
-    settings.config(cache.d_in)
-    folder = run.dictionary(name or default_name(settings))
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    finished = (folder / "cfg.json").exists()
-    return Trained(train(run, settings, name=name, device=device, keep=keep, source=cache), finished)
+    with joined(device) as ranks:
+        where = ranks.device(device)
+
+        def planned() -> tuple[Run, Training, Activations]:
+            run = Run.open(path)
+            at = hook or _only_hook(run)
+            cache: Activations
+            if live and at not in run.hooks():
+                if roles:
+                    raise InputError("Roles are chosen from a cache: run `sae collect` first, or leave out --role.")
+                cache = LiveActivations(run, model_of(run, device=where), at)
+            else:
+                cache = run.activations(at, roles=roles, follow=live)
+            if arch not in REGISTRY:
+                raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
+            field = REGISTRY[arch].sparsity
+            if field == "k" and k != int(k):
+                raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
+            sizes = {"d_sae": d_sae or expansion * cache.d_in, field: int(k) if field == "k" else k}
+            settings = Training(
+                architecture=arch,
+                hook=at,
+                sizes=sizes,
+                n_tokens=tokens,
+                batch=batch,
+                lr=lr,
+                seed=seed,
+                order="stream" if live else "shuffled",
+                roles=tuple(roles),
+            )
+            settings.config(cache.d_in)
+            return run, settings, cache
+
+        run, settings, cache = ranks.together(planned)
+        ranks.agree({"--data-parallel": data_parallel})
+        kind = "cuda" if where.startswith("cuda") else "cpu"
+        mesh = ranks.together(lambda: Mesh(ranks, data_parallel=data_parallel, device=kind))
+        folder = run.dictionary(name or default_name(settings))
+
+        def cleared() -> bool:
+            if overwrite and folder.exists():
+                shutil.rmtree(folder)
+            return (folder / "cfg.json").exists()
+
+        finished = ranks.by_leader(cleared)
+        train(run, settings, name=name, device=where, keep=keep, source=cache, mesh=mesh)
+    return Trained(folder, finished)
+
+
+def _only_hook(run: Run) -> str:
+    hooks = run.hooks()
+    if len(hooks) != 1:
+        raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
+    return hooks[0]
 
 
 DEMO_TOKENS = 300_000

@@ -87,7 +87,7 @@ def train_together(
     ranks = mesh.ranks
     with ExitStack() as stack:
         plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
-        ranks.agree({"run": run.meta, **{name: dataclasses.asdict(plan) for name, plan in plans.items()}})
+        ranks.agree(_described(run, plans))
 
         def unfinished() -> list[str]:
             for folder in folders.values():
@@ -156,6 +156,14 @@ def _with_matmul(settings: Training, where: torch.device) -> Training:
     return dataclasses.replace(settings, matmul=matmul)
 
 
+def _described(run: Run, plans: Mapping[str, Training]) -> dict[str, Any]:
+    """What ranks that train together have in common."""
+    facts = {f"the run's {key}": value for key, value in run.meta.items()}
+    for i, plan in enumerate(plans.values()):
+        facts |= {key if i == 0 else f"{key} of dictionary {i}": v for key, v in dataclasses.asdict(plan).items()}
+    return {**facts, "dictionaries": list(plans)}
+
+
 def _common(plans: Mapping[str, Training]) -> Training:
     """The first of the plans, once all are seen to agree on what they share. Raises InputError."""
     first, *others = plans.values()
@@ -179,7 +187,11 @@ def _opened(
         if isinstance(source, CachedActivations):
             source.check()
     for name, plan in plans.items():
-        mesh.part(plan.config(rows_at[plan.hook].d_in).d_sae)
+        held = mesh.part(plan.config(rows_at[plan.hook].d_in).d_sae)
+        if (k := max(plan.sizes.get("k", 0), plan.k_from or 0)) > held.stop - held.start:
+            raise InputError(
+                f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
+            )
         if not (run.dictionary(name) / BEGUN).exists():  # the leader has just made it
             raise InputError(f"{run.path} is not one folder for all ranks: put it on a disk that every host sees.")
     return rows_at, Shuffled(

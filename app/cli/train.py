@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from app.cli.options import COUNT, device_option, json_option, overwrite_option
+from app.cli.options import COUNT, device_option, gpus_option, json_option, overwrite_option
 
 
 @click.command()
@@ -33,6 +33,14 @@ from app.cli.options import COUNT, device_option, json_option, overwrite_option
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints that stay.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; this is what happens anyway.")
 @overwrite_option
+@gpus_option
+@click.option(
+    "--data-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Groups of GPUs that read rows of their own; the GPUs of a group hold a part of the latents each.",
+)
 @device_option
 @json_option
 def command(
@@ -52,14 +60,22 @@ def command(
     keep: int,
     resume: bool,
     overwrite: bool,
+    gpus: int,
+    data_parallel: int,
     device: str,
     as_json: bool,
 ) -> None:
     """Train one dictionary on what RUN has cached. Example: sae train runs/mine --arch topk -k 32 --tokens 10M
 
-    Started again it goes on from the last checkpoint and ends in the same weights as an unbroken run.
+    Started again it goes on from the last checkpoint and ends in the same weights as an unbroken run. On several hosts:
+    torchrun --no-python ... sae train ..., with RUN on a disk that all see.
     """
     del resume
+    from activations.ranks import Ranks
+    from app.cli.ranks import spread
+
+    if spread(gpus):
+        return
     from app.pipeline import train_run
 
     made = train_run(
@@ -78,8 +94,11 @@ def command(
         seed=seed,
         keep=keep,
         overwrite=overwrite,
+        data_parallel=data_parallel,
         device=device,
     )
+    if not Ranks.from_environment().leads:
+        return
     last = json.loads((made.folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if as_json:
         click.echo(json.dumps({"dictionary": str(made.folder), "finished_before": made.finished_before, **last}))
