@@ -75,7 +75,7 @@ class Mesh:
 
     def mean_rows(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The mean over the batch, from the mean over the rows here."""
-        return self.sum_rows(x) / self.n_rows
+        return self.sum_rows(x) / self.n_rows if self.n_rows > 1 else x
 
     def into_latents(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """x, the same on all parts, where each uses it for its own latents; its gradient is the sum of theirs."""
