@@ -27,7 +27,8 @@ from autointerp.scorers.detection import QUICK
 from data.store import open_store
 from data.store.schema import STORE_FILE
 from sae.evals.suite import EVAL, evaluate
-from sae.settings import default_name
+from sae.parallel import Mesh
+from sae.settings import Training, default_name
 from sae.train import begun_with, train
 
 DEFAULT_TEXT = Text()
@@ -137,6 +138,7 @@ def train_run(
     resume: bool = False,
     keep: int = 2,
     overwrite: bool = False,
+    data_parallel: int = 1,
     device: str = "auto",
     track: Sequence[str] = (),
     **recipe: Unpack[Recipe],
@@ -145,10 +147,33 @@ def train_run(
 
     resume: what the recipe does not say is as `name` was begun with. live (in the recipe): read the rows in the order
     in which they come, so that the cache need not be whole: from a capture that still goes on, or, when the hook has no
-    cache, from the model. Raises InputError.
+    cache, from the model. Started by torchrun, the ranks train together; data_parallel: how many groups of them read
+    rows of their own (`sae.parallel`). Raises InputError.
     """
+    with joined(device) as ranks:
+        where = ranks.device(device)
+        run, settings, cache = ranks.together(lambda: _planned(path, name, resume and not overwrite, recipe, where))
+        ranks.agree({"--data-parallel": data_parallel})
+        kind = "cuda" if where.startswith("cuda") else "cpu"
+        mesh = ranks.together(lambda: Mesh(ranks, data_parallel=data_parallel, device=kind))
+        folder = run.dictionary(name or default_name(settings))
+
+        def cleared() -> bool:
+            if overwrite and folder.exists():
+                shutil.rmtree(folder)
+            return (folder / "cfg.json").exists()
+
+        finished = ranks.by_leader(cleared)
+        train(run, settings, name=name, device=where, keep=keep, source=cache, track=track, mesh=mesh)
+    return Trained(folder, finished)
+
+
+def _planned(
+    path: Path, name: str | None, resume: bool, recipe: Recipe, device: str
+) -> tuple[Run, Training, Activations]:
+    """The run, what is to be trained, and on which rows."""
     run = Run.open(path)
-    begun = begun_with(run.dictionary(name)) if resume and name and not overwrite else None
+    begun = begun_with(run.dictionary(name)) if resume and name else None
     if begun is not None:
         before = recipe_of(begun)
         if "expansion" in recipe:
@@ -159,11 +184,7 @@ def train_run(
     settings = training(recipe, hook=hook, d_in=cache.d_in)
     if begun is not None:
         settings = dataclasses.replace(settings, sizes={**begun.sizes, **settings.sizes})
-    folder = run.dictionary(name or default_name(settings))
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    finished = (folder / "cfg.json").exists()
-    return Trained(train(run, settings, name=name, device=device, keep=keep, source=cache, track=track), finished)
+    return run, settings, cache
 
 
 def _only_hook(run: Run) -> str:

@@ -41,9 +41,7 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:09d}"
 
 
-def save(
-    folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any], mesh: Mesh = ALONE
-) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], place: Place, facts: dict[str, Any], mesh: Mesh = ALONE) -> None:
     """Write a checkpoint of `tensors` at `place`. facts: settings, versions.
 
     On a mesh all processes call this together: each writes its own parts, and the leader gives the folder its name once

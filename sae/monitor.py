@@ -96,10 +96,11 @@ def _whole_lines(path: Path, last: int) -> Iterator[dict[str, Any]]:
 
 
 class Bar:
-    """A bar over tokens with speed and time left; silent where the output is no terminal."""
+    """A bar over tokens with speed and time left; silent where the output is no terminal, or it is not `shown`."""
 
-    def __init__(self, total: int, initial: int) -> None:
-        self._bar = tqdm(total=total, initial=initial, unit="token", unit_scale=True, desc="train", disable=None)
+    def __init__(self, total: int, initial: int, *, shown: bool = True) -> None:
+        hidden = None if shown else True
+        self._bar = tqdm(total=total, initial=initial, unit="token", unit_scale=True, desc="train", disable=hidden)
 
     def step(self, tokens: int) -> None:
         self._bar.update(tokens)

@@ -75,7 +75,7 @@ class Mesh:
 
     def mean_rows(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The mean over the batch, from the mean over the rows here."""
-        return self.sum_rows(x) / self.n_rows
+        return self.sum_rows(x) / self.n_rows if self.n_rows > 1 else x
 
     def into_latents(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """x, the same on all parts, where each uses it for its own latents; its gradient is the sum of theirs."""
@@ -129,7 +129,7 @@ class Mesh:
         """`n` of each part of the latents."""
         if self.n_latents == 1:
             return [n]
-        return [int(each) for each in self._gather(torch.tensor(n), "latents")]
+        return [int(each) for each in self._gather(torch.tensor(n, device=self._mesh.device_type), "latents")]
 
     def all_rows(self, x: Float[Tensor, "_n d"]) -> Float[Tensor, "_all d"]:
         """The rows of all parts, in the order of the batch: part r of n has the rows r, r + n, ..."""

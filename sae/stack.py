@@ -20,10 +20,14 @@ BUDGET = 2 << 30
 
 
 class Together:
-    """Steps of `steppers`, all of one hook, on the same rows. budget: as `BUDGET`."""
+    """Steps of `steppers`, all of one hook, on the same rows. budget: as `BUDGET`.
 
-    def __init__(self, steppers: Sequence[Stepper], budget: int = BUDGET) -> None:
-        parts = [part for stack in _alike(steppers) for part in _split(stack, budget)]
+    everywhere: stack on a CPU too. There pre-activations that each dictionary makes for itself, a few rows at a time,
+    are faster: they stay in the cache (`sae.dense.pieces`).
+    """
+
+    def __init__(self, steppers: Sequence[Stepper], budget: int = BUDGET, everywhere: bool = False) -> None:
+        parts = [part for stack in _alike(steppers, everywhere) for part in _split(stack, budget)]
         single = [part[0] for part in parts if len(part) == 1]
         stacks = [part for part in parts if len(part) > 1]
         # One place for the pre-activations of all stacks, which take turns in it.
@@ -88,12 +92,13 @@ def _side_by_side(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     return together
 
 
-def _alike(steppers: Sequence[Stepper]) -> list[list[Stepper]]:
+def _alike(steppers: Sequence[Stepper], everywhere: bool) -> list[list[Stepper]]:
     """Those whose encoders fit into one product. Who is not k-sparse needs the product's gradient, and stays alone."""
     stacks: dict[object, list[Stepper]] = {}
     for stepper in steppers:
         shape = (stepper.sae.d_sae, stepper.matmul)
-        stacks.setdefault(shape if isinstance(stepper.sae.cfg, KSparseConfig) else stepper, []).append(stepper)
+        fits = isinstance(stepper.sae.cfg, KSparseConfig) and (everywhere or stepper.device.type == "cuda")
+        stacks.setdefault(shape if fits else stepper, []).append(stepper)
     return list(stacks.values())
 
 
@@ -107,5 +112,6 @@ def _pre_bytes(stack: Sequence[Stepper]) -> int:
 
 
 def _stream_for(stepper: Stepper) -> torch.cuda.Stream | None:
-    small = stepper.settings.batch * stepper.sae.d_sae <= GRAPH_BELOW
+    alone = stepper.sae.mesh.ranks.world == 1  # else the order of exchanges must be the same on all ranks
+    small = stepper.settings.batch * stepper.sae.d_sae <= GRAPH_BELOW and alone
     return torch.cuda.Stream(stepper.device) if stepper.device.type == "cuda" and small else None

@@ -148,7 +148,8 @@ class Stepper:
         return self.sae
 
     def _graphs_pay(self, n: int) -> bool:
-        return self.device.type == "cuda" and n * self.sae.d_sae <= GRAPH_BELOW and self.n_steps_done >= EAGER_STEPS
+        small = n * self.sae.n_held <= GRAPH_BELOW and self.sae.mesh.ranks.world == 1
+        return self.device.type == "cuda" and small and self.n_steps_done >= EAGER_STEPS
 
     def _replay(self, rows: Tensor, pre: Tensor | None) -> None:
         if self._rows is None:

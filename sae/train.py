@@ -10,8 +10,9 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from sae import checkpoint
 from sae.checkpoint import Place
 from sae.files import CFG, save_sae
 from sae.monitor import Bar, Monitor
+from sae.parallel import ALONE, Mesh
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.stack import Together
@@ -52,6 +54,7 @@ def train(
     keep: int = 2,
     source: Activations | None = None,
     track: Sequence[str] = (),
+    mesh: Mesh = ALONE,
 ) -> Path:
     """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
@@ -60,9 +63,17 @@ def train(
     """
     together = {name or default_name(settings): settings}
     sources = None if source is None else {settings.hook: source}
-    return train_together(
-        run, together, device=device, checkpoint_seconds=checkpoint_seconds, keep=keep, sources=sources, track=track
-    )[name or default_name(settings)].folder
+    done = train_together(
+        run,
+        together,
+        device=device,
+        checkpoint_seconds=checkpoint_seconds,
+        keep=keep,
+        sources=sources,
+        track=track,
+        mesh=mesh,
+    )
+    return done[name or default_name(settings)].folder
 
 
 class Outcome(NamedTuple):
@@ -84,42 +95,49 @@ def train_together(
     keep: int = 2,
     sources: Mapping[str, Activations] | None = None,
     track: Sequence[str] = (),
+    mesh: Mesh = ALONE,
 ) -> dict[str, Outcome]:
     """Train dictionaries (ID: settings), those of a hook in one pass over its activations.
 
     Those that are finished are passed over, begun ones go on from the last checkpoint that they have in common, new
     ones are trained after them. What a dictionary becomes does not depend on those beside it.
     checkpoint_seconds: time between checkpoints; the last `keep` stay. sources: by hook, as `train` says. track: who
-    else draws the curves, "wandb" or "tensorboard".
+    else draws the curves, "wandb" or "tensorboard". mesh: the processes that train together, each of which calls this;
+    the leader writes.
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
     trained with other settings or cannot be written to, they cannot be trained together, the disk is full, or a loss
     is no longer finite. The checkpoints stay, and training goes on from the last one.
     """
-    where = pick_device(device)
+    where, ranks = pick_device(device), mesh.ranks
     folders = {name: run.dictionary(name) for name in wanted}
+    plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
     with ExitStack() as stack:
         stack.enter_context(writing(run.path / "dictionaries"))
-        for folder in folders.values():
-            stack.enter_context(lock(folder / ".train.lock"))
-        plans = {name: _with_matmul(settings, where) for name, settings in wanted.items()}
-        unfinished = {name: plan for name, plan in plans.items() if not _is_finished(folders[name], plan)}
-        _check_shared(list(unfinished.values()))
-        rows_at = dict(sources or {})
-        for plan in unfinished.values():
-            if plan.hook not in rows_at:
-                rows_at[plan.hook] = run.activations(plan.hook, roles=plan.roles)
-            plan.config(rows_at[plan.hook].d_in)  # refuses what cannot be
-        for source in rows_at.values():
-            if isinstance(source, CachedActivations):
-                source.check()
-        for name, plan in unfinished.items():
-            if not (folders[name] / BEGUN).exists():
-                write_json(folders[name] / BEGUN, _facts(plan))
+        ranks.agree(_described(run, plans))
+
+        def unfinished() -> list[str]:
+            for folder in folders.values():
+                stack.enter_context(lock(folder / ".train.lock"))
+            left = [name for name, plan in plans.items() if not _is_finished(folders[name], plan)]
+            _check_shared([plans[name] for name in left])
+            return left
+
+        def begin() -> list[tuple[int, list[str]]]:
+            for name, plan in left.items():
+                if not (folders[name] / BEGUN).exists():
+                    write_json(folders[name] / BEGUN, _facts(plan))
+            return list(_passes(left, folders))
+
+        left = {name: plans[name] for name in ranks.by_leader(unfinished)}
+        rows_at = ranks.together(lambda: _opened(run, left, sources or {}, mesh))
+        passes = ranks.by_leader(begin)
+        ranks.together(lambda: _check_one_folder(folders[name] for name in left))
         outcomes = {name: Outcome(folder) for name, folder in folders.items()}
-        for start, names in _passes(unfinished, folders):
-            together = {name: unfinished[name] for name in names}
+        for start, names in passes:
+            together = {name: left[name] for name in names}
             source = rows_at[together[names[0]].hook]
-            outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep, track)
+            outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep, track, mesh)
+        ranks.barrier()  # the files are there for whoever goes on
     return outcomes
 
 
@@ -132,32 +150,47 @@ def _train_pass(
     checkpoint_seconds: float,
     keep: int,
     track: Sequence[str],
+    mesh: Mesh,
 ) -> dict[str, Outcome]:
     """Train dictionaries of one hook from step `start` on, of which all have a checkpoint if it is not 0."""
     folders = {name: run.dictionary(name) for name in plans}
-    common = next(iter(plans.values()))
-    batches = Shuffled(source, batch=common.batch, seed=common.rows_seed, order=common.order, device=where)
+    common, ranks = next(iter(plans.values())), mesh.ranks
+    batches = Shuffled(
+        source,
+        batch=common.batch,
+        seed=common.rows_seed,
+        order=common.order,
+        rank=mesh.row,
+        world=mesh.n_rows,
+        device=where,
+    )
     began = time.monotonic()
     with ExitStack() as stack:
         if start:
-            _, cursor, scale = checkpoint.read_place(next(iter(folders.values())), start)
+            folder = next(iter(folders.values()))
+            _, cursor, scale = ranks.by_leader(lambda: checkpoint.read_place(folder, start))
         else:
-            cursor, scale = START, _scale(source, common.order)
-            first = _first_rows(batches, source.hook) * scale
+            cursor, scale = START, ranks.by_leader(lambda: _scale(source, common.order))
+            first = _first_rows(batches, source.hook, mesh) * scale
         steppers: dict[str, Stepper] = {}
         for name, plan in plans.items():
-            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in))
+            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in), mesh)
             if not start:
                 sae.initialise(first, plan.seed)
             steppers[name] = stepper = Stepper(sae.to(where), plan, scale)
             if start:
-                checkpoint.restore(folders[name], start, stepper.tensors)
+                ranks.together(partial(checkpoint.restore, folders[name], start, stepper.tensors))
             stepper.restored(start)
-            checkpoint.forget(folders[name], (step for step in checkpoint.steps_of(folders[name]) if step > start))
+            if mesh.leads:
+                checkpoint.forget(folders[name], [step for step in checkpoint.steps_of(folders[name]) if step > start])
         together = Together(list(steppers.values()))
 
-        logs = {name: stack.enter_context(closing(Monitor(folders[name], plans[name], start, track))) for name in plans}
-        bar = stack.enter_context(closing(Bar(common.n_steps * common.batch, start * common.batch)))
+        logs = {
+            name: stack.enter_context(closing(Monitor(folders[name], plans[name], start, track)))
+            for name in plans
+            if mesh.leads
+        }
+        bar = stack.enter_context(closing(Bar(common.n_steps * common.batch, start * common.batch, shown=mesh.leads)))
         saved = time.monotonic()
         feed = stack.enter_context(closing(batches.batches(cursor)))
         for step, (rows, cursor) in zip(range(start + 1, common.n_steps + 1), feed, strict=False):
@@ -172,16 +205,19 @@ def _train_pass(
                 for name, stepper in steppers.items():
                     stepper.recount()
                     figures = stepper.figures()
-                    _check_finite(figures, step, folders[name])
-                    logs[name].line(step, step * common.batch, figures)
+                    _check_finite(figures, step, folders[name], mesh)
+                    if mesh.leads:
+                        logs[name].line(step, step * common.batch, figures)
                     shown.append({**figures, "dead": stepper.n_dead / stepper.sae.d_sae})
                 bar.figures(shown)
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
-                if time.monotonic() - saved > checkpoint_seconds:
+                if ranks.from_leader(time.monotonic() - saved > checkpoint_seconds):
                     for name, stepper in steppers.items():
                         place = Place(step, cursor, stepper.scale)
-                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings))
-                    for folder in folders.values():  # after all have saved, so that they keep a step in common
+                        checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), mesh)
+                    for folder in (
+                        folders.values() if mesh.leads else ()
+                    ):  # after all have saved: a step in common stays
                         checkpoint.forget(folder, checkpoint.steps_of(folder)[:-keep])
                     saved = time.monotonic()
         seconds = time.monotonic() - began
@@ -191,7 +227,8 @@ def _train_pass(
             sae.metadata = _metadata(run, stepper.settings)
             sae.statistics = latent_statistics(sae, source)
             save_sae(sae, folders[name])
-            logs[name].finish()
+            if mesh.leads:
+                logs[name].finish()
     n_tokens = (common.n_steps - start) * common.batch
     return {name: Outcome(folder, n_tokens, seconds) for name, folder in folders.items()}
 
@@ -199,6 +236,14 @@ def _train_pass(
 def _with_matmul(settings: Training, where: torch.device) -> Training:
     matmul = settings.matmul or str(fast_dtype(where)).removeprefix("torch.")
     return dataclasses.replace(settings, matmul=matmul)
+
+
+def _described(run: Run, plans: Mapping[str, Training]) -> dict[str, Any]:
+    """What ranks that train together have in common."""
+    facts = {f"the run's {key}": value for key, value in run.meta.items()}
+    for i, plan in enumerate(plans.values()):
+        facts |= {key if i == 0 else f"{key} of dictionary {i}": v for key, v in dataclasses.asdict(plan).items()}
+    return {**facts, "dictionaries": list(plans)}
 
 
 def _check_shared(plans: list[Training]) -> None:
@@ -209,6 +254,33 @@ def _check_shared(plans: list[Training]) -> None:
                     f"Dictionaries trained together share {key}: expected one, not {getattr(plans[0], key)!r} and "
                     f"{getattr(other, key)!r}."
                 )
+
+
+def _opened(
+    run: Run, plans: Mapping[str, Training], sources: Mapping[str, Activations], mesh: Mesh
+) -> dict[str, Activations]:
+    """The rows at each hook, once all sizes are seen to fit. Raises InputError."""
+    rows_at = dict(sources)
+    for plan in plans.values():
+        if plan.hook not in rows_at:
+            rows_at[plan.hook] = run.activations(plan.hook, roles=plan.roles)
+        held = mesh.part(plan.config(rows_at[plan.hook].d_in).d_sae)
+        if (k := max(plan.sizes.get("k", 0), plan.k_from or 0)) > held.stop - held.start:
+            raise InputError(
+                f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
+            )
+        if plan.batch % mesh.n_rows:
+            raise InputError(f"A batch of {plan.batch} rows cannot be shared by {mesh.n_rows} groups: change --batch.")
+    for source in rows_at.values():
+        if isinstance(source, CachedActivations):
+            source.check()
+    return rows_at
+
+
+def _check_one_folder(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if not (folder / BEGUN).exists():  # the leader has just made it
+            raise InputError(f"{folder} is not one folder for all ranks: put the run on a disk that every host sees.")
 
 
 def _passes(plans: Mapping[str, Training], folders: Mapping[str, Path]) -> Iterator[tuple[int, list[str]]]:
@@ -235,11 +307,11 @@ def _scale(source: Activations, order: str) -> float:
     return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
-def _first_rows(batches: Shuffled, hook: str) -> Tensor:
-    """At least 4,096 training rows to initialise from, in float32, on the CPU."""
+def _first_rows(batches: Shuffled, hook: str, mesh: Mesh) -> Tensor:
+    """At least 4,096 training rows to initialise from, in float32, on the CPU; the same on all ranks."""
     parts: list[Tensor] = []
     for rows, _ in batches.batches():
-        parts.append(rows[hook].float().cpu())
+        parts.append(mesh.all_rows(rows[hook].float().cpu()))
         if sum(map(len, parts)) >= 4096:
             break
     return torch.cat(parts)
@@ -289,9 +361,11 @@ def _metadata(run: Run, settings: Training) -> dict[str, Any]:
     }
 
 
-def _check_finite(figures: dict[str, float], step: int, folder: Path) -> None:
+def _check_finite(figures: dict[str, float], step: int, folder: Path, mesh: Mesh) -> None:
     if all(math.isfinite(value) for value in figures.values()):
         return
+    if not mesh.leads:  # the figures are the same everywhere
+        raise SystemExit(1)
     kept = checkpoint.steps_of(folder)
     last = f"Last good checkpoint: {checkpoint.path_of(folder, kept[-1])}" if kept else "There is no checkpoint yet"
     wrong = ", ".join(f"{key}={value:g}" for key, value in figures.items() if not math.isfinite(value))

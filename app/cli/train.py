@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import click
 
-from app.cli.options import COUNT, SHARE, device_option, json_option, overwrite_option
+from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_option, overwrite_option
 
 
 @click.command()
@@ -49,6 +49,14 @@ from app.cli.options import COUNT, SHARE, device_option, json_option, overwrite_
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints that stay.")
 @click.option("--resume", is_flag=True, help="With --name: take the settings that it was begun with.")
 @overwrite_option
+@gpus_option
+@click.option(
+    "--data-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Groups of GPUs that read rows of their own; the GPUs of a group hold a part of the latents each.",
+)
 @device_option
 @json_option
 def command(
@@ -58,22 +66,40 @@ def command(
     keep: int,
     resume: bool,
     overwrite: bool,
+    gpus: int,
+    data_parallel: int,
     device: str,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Train one dictionary on what RUN has cached. Example: sae train runs/mine --arch topk -k 32 --tokens 10M
 
-    Started again it goes on from the last checkpoint and ends in the same weights as an unbroken run.
+    Started again it goes on from the last checkpoint and ends in the same weights as an unbroken run. On several hosts:
+    torchrun --no-python ... sae train ..., with RUN on a disk that all see.
     """
+    from activations.ranks import Ranks
+    from app.cli.ranks import spread
+
+    if spread(gpus):
+        return
     from app.pipeline import train_run
     from app.recipe import Recipe
 
     # By identity: 0 is a value that was given, and equals False.
     given = {option: v for option, v in options.items() if not (v is None or v is False or v == ())}
     made = train_run(
-        run, name=name, resume=resume, keep=keep, overwrite=overwrite, device=device, track=track, **cast(Recipe, given)
+        run,
+        name=name,
+        resume=resume,
+        keep=keep,
+        overwrite=overwrite,
+        data_parallel=data_parallel,
+        device=device,
+        track=track,
+        **cast(Recipe, given),
     )
+    if not Ranks.from_environment().leads:
+        return
     last = json.loads((made.folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if as_json:
         click.echo(json.dumps({"dictionary": str(made.folder), "finished_before": made.finished_before, **last}))

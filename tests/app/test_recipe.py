@@ -46,7 +46,7 @@ def path(tmp_path) -> Path:
 
 
 def test_the_options_of_the_command_are_the_recipe_and_what_surrounds_it():
-    around = {"run", "name", "track", "keep", "resume", "overwrite", "device", "as_json"}
+    around = {"run", "name", "track", "keep", "resume", "overwrite", "gpus", "data_parallel", "device", "as_json"}
     assert {parameter.name for parameter in command.params} == around | set(Recipe.__annotations__)
 
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-import sae.ksparse
 from activations.errors import InputError
 from sae import checkpoint
+from sae.dense import product
 from sae.registry import REGISTRY
 from sae.settings import Training
 from sae.stack import Together
@@ -73,9 +73,9 @@ def test_one_product_gives_what_each_would_have_made(matmul):
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(9))
     alone = []
     for stepper in steppers:
-        with torch.no_grad(), torch.autocast("cpu", dtype=stepper.matmul, enabled=matmul != "float32"):
-            alone.append(sae.ksparse.pre_activations(stepper.sae, rows * 1.5))
-    together = Together(steppers)
+        x = (rows * 1.5 - stepper.sae.b_dec).detach().to(stepper.matmul)
+        alone.append(product(x, stepper.sae.W_enc.detach().T, stepper.sae.b_enc.detach()))
+    together = Together(steppers, everywhere=True)
     ((_, encoders),) = together._groups
     assert encoders is not None
     pre = encoders.pre(rows)
@@ -85,7 +85,7 @@ def test_one_product_gives_what_each_would_have_made(matmul):
 
 def test_parameters_are_parts_of_the_stack_and_steps_reach_it():
     steppers = [small_stepper(2, seed) for seed in range(3)]
-    together = Together(steppers)
+    together = Together(steppers, everywhere=True)
     ((_, encoders),) = together._groups
     assert encoders is not None
     before = encoders.W_enc.clone()
@@ -99,11 +99,11 @@ def test_parameters_are_parts_of_the_stack_and_steps_reach_it():
 def test_a_stack_that_would_need_too_much_memory_is_split():
     steppers = [small_stepper(2, seed) for seed in range(5)]
     each = 64 * 64 * 4
-    sizes = lambda budget: [len(group) for group, _ in Together(steppers, budget)._groups]  # noqa: E731
+    sizes = lambda budget: [len(group) for group, _ in Together(steppers, budget, everywhere=True)._groups]  # noqa: E731
     assert sizes(5 * each) == [5]
     assert sizes(3 * each - 1) == [2, 2, 1]
     assert sizes(1) == [5]  # none stacked
-    assert [encoders for _, encoders in Together(steppers, 1)._groups] == [None]
+    assert [encoders for _, encoders in Together(steppers, 1, everywhere=True)._groups] == [None]
 
 
 def test_killed_between_the_checkpoints_of_one_moment_they_go_on_together(run, monkeypatch):
