@@ -16,6 +16,7 @@ _COMMANDS = {
     "demo": "The whole pipeline on the embedded model and corpus.",
     "collect": "Cache a model's activations.",
     "train": "Train one dictionary.",
+    "plan": "Memory, disk, time and GPU-hours of a command, before it starts.",
     "eval": "Measure a dictionary.",
     "index": "Build the feature store.",
     "label": "Explain features and score the explanations.",
