@@ -100,7 +100,7 @@ class Mesh:
         values, indices = choose(pre, min(k, width))
         own = torch.stack([values.view(torch.int32), (indices + self.latent * width).int()], dim=1)
         every = torch.cat(self._gather(own, "latents"), dim=2)  # parts in their order, so equal values keep theirs
-        chosen, places = choose(every[:, 0].view(torch.float32), k)
+        chosen, places = choose(every[:, 0].contiguous().view(torch.float32), k)
         numbers = every[:, 1].gather(1, places).long() - self.latent * width
         return chosen * ((numbers >= 0) & (numbers < width)), numbers % width
 

@@ -34,6 +34,9 @@ def test_options_in_the_docs_exist(page):
     for line in re.findall(r"(?:^|`|--no-python )sae ([a-z]+)([^`\n]*)", text, flags=re.M):
         command = main.get_command(click.Context(main), line[0])
         assert command is not None
+        if isinstance(command, click.Group):  # the options are those of `sae plan train`
+            command = command.get_command(click.Context(command), line[1].split()[0])
+            assert command is not None, line
         known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}
         if line[0] == "bench":
             known |= {"--help"}.union(*map(options_of_benchmark, line[1].split()[:1]))

@@ -17,6 +17,7 @@ _COMMANDS = {
     "collect": "Cache a model's activations.",
     "train": "Train one dictionary.",
     "sweep": "Train a grid of dictionaries in one pass.",
+    "plan": "Memory, disk, time and GPU-hours of a command, before it starts.",
     "eval": "Measure a dictionary.",
     "index": "Build the feature store.",
     "label": "Explain features and score the explanations.",
