@@ -67,17 +67,21 @@ def choose(
 ) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
     among `dead`. made: the pre-activations, where they are there already."""
-    parts = []
+    parts, select, mesh = [], partial(topk, signed=sae.signed), sae.mesh
     for pre in [made] if made is not None else pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
         dead_z = None
         if dead is not None:
-            held = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
-            dead_z = sae.mesh.among_all(held, n_places(sae))
-        parts.append(Codes(*sae.mesh.select(partial(topk, signed=sae.signed), pre, k), dead_z))
-    if len(parts) == 1:
-        return parts[0]
-    values, indices, dead_zs = zip(*parts, strict=True)
-    return Codes(torch.cat(values), torch.cat(indices), None if dead is None else torch.cat(dead_zs))
+            dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
+        parts.append(Codes(*select(pre, k), dead_z))
+    values, indices = _joined([part.values for part in parts]), _joined([part.indices for part in parts])
+    # One exchange for the whole batch: processes wait for each other at each.
+    values, indices = mesh.winners(select, values, indices, sae.n_held)
+    dead_zs = [part.dead_z for part in parts if part.dead_z is not None]
+    return Codes(values, indices, mesh.among_all(_joined(dead_zs), n_places(sae)) if dead_zs else None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def n_places(sae: SAE) -> int:

@@ -87,21 +87,20 @@ class Mesh:
         return whole.to_local(grad_placements=[Partial()])
 
     @torch.no_grad()
-    def select(
-        self, choose: Selection, pre: Float[Tensor, "n _width"], k: int
-    ) -> tuple[Float[Tensor, "n _k"], Int[Tensor, "n _k"]]:
-        """What `choose` takes from the rows of all parts, `pre` being this one's: values, and indices into `pre`.
+    def winners(
+        self, choose: Selection, values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], width: int
+    ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """What `choose` takes of the k of each row that each part, of so many latents, has chosen from its own.
 
         Places that other parts won hold value 0 here, and indices that are spread over the part.
         """
         if self.n_latents == 1:
-            return choose(pre, k)
-        width = pre.shape[1]
-        values, indices = choose(pre, min(k, width))
-        own = torch.stack([values.view(torch.int32), (indices + self.latent * width).int()], dim=1)
-        every = torch.cat(self._gather(own, "latents"), dim=2)  # parts in their order, so equal values keep theirs
-        chosen, places = choose(every[:, 0].contiguous().view(torch.float32), k)
-        numbers = every[:, 1].gather(1, places).long() - self.latent * width
+            return values, indices
+        own = torch.stack([values.view(torch.int32), (indices + self.latent * width).int()])
+        # One after the other, in the parts' order, so that equal values keep theirs.
+        every_value, every_number = torch.cat(self._gather(own, "latents"), dim=2)
+        chosen, places = choose(every_value.contiguous().view(torch.float32), values.shape[1])
+        numbers = every_number.gather(1, places).long() - self.latent * width
         return chosen * ((numbers >= 0) & (numbers < width)), numbers % width
 
     @torch.no_grad()

@@ -270,7 +270,7 @@ def _opened(
                 f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
             )
         if plan.batch % mesh.n_rows:
-            raise InputError(f"A batch of {plan.batch} rows cannot be shared by {mesh.n_rows} groups: change --batch.")
+            raise InputError(f"A batch of {plan.batch} rows cannot be shared by {mesh.n_rows} ranks: change --batch.")
     for source in rows_at.values():
         if isinstance(source, CachedActivations):
             source.check()

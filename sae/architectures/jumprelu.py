@@ -64,7 +64,7 @@ class JumpReLUSAE(SAE):
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         with torch.no_grad():
             W_enc = self.low.get("W_enc", self.W_enc)
-            return to_table(_above(centred(self, x), W_enc, self.b_enc, self.threshold), self.d_sae)
+            return to_table(_above(centred(self, x), W_enc, self.b_enc, self.threshold), self.n_held)
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
         x = centred(self, x)
