@@ -88,22 +88,21 @@ def rows(
     order: Int[Tensor, " n_times_k"],
     starts: Int[Tensor, " d_sae_plus_1"],
     y: Float[Tensor, "n d"],
-    minus: Float[Tensor, " d"] | None = None,
 ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
-    """For each latent the sum over its entries of coefficient * (y[row of the entry] - minus), and of coefficient.
+    """For each latent the sum over its entries of coefficient * y[row of the entry], and of coefficient.
 
     order, starts: of `by_latent`. In float32.
     """
     if kernels.available(y):
         from sae.kernels import codes
 
-        return codes.rows(coefficients, order, starts, y, unused_minus=minus)
+        return codes.rows(coefficients, order, starts, y)
     sorted_values = coefficients.flatten()[order]
     places = order.div(coefficients.shape[1], rounding_mode="floor")
     sums = row_sums(Ragged(sorted_values, places, starts), y)
     latents = torch.repeat_interleave(starts.diff(), output_size=len(order))
     totals = sums.new_zeros(len(starts) - 1).index_add_(0, latents, sorted_values)
-    return sums if minus is None else sums.addr_(totals, minus, alpha=-1), totals
+    return sums, totals
 
 
 def ragged(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Ragged:

@@ -159,7 +159,7 @@ class Stepper:
         if key not in self._graphs:
             pool = next((graph.pool() for graph in self._graphs.values()), None)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # rows are loaded meanwhile
                 self._compute(self._rows, None, pre)
             self._graphs[key], self._terms_of[key] = graph, self.terms
         self._graphs[key].replay()

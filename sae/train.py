@@ -222,10 +222,9 @@ def _train_pass(
                     saved = time.monotonic()
         seconds = time.monotonic() - began
 
-        for name, stepper in steppers.items():
-            sae = stepper.finish()
-            sae.metadata = _metadata(run, stepper.settings)
-            sae.statistics = latent_statistics(sae, source)
+        finished = [stepper.finish() for stepper in steppers.values()]
+        for name, sae, statistics in zip(steppers, finished, latent_statistics(finished, source), strict=True):
+            sae.metadata, sae.statistics = _metadata(run, plans[name]), statistics
             save_sae(sae, folders[name])
             if mesh.leads:
                 logs[name].finish()

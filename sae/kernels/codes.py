@@ -96,18 +96,16 @@ def rows(
     order: Int[Tensor, " n_times_k"],
     starts: Int[Tensor, " d_sae_plus_1"],
     y: Float[Tensor, "n d"],
-    out: Float[Tensor, "d_sae d"] | None = None,
-    unused_minus: Float[Tensor, " d"] | None = None,
 ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
-    """For each latent the sum over its entries of coefficient * (y[row of the entry] - unused_minus), and of
-    coefficient; in float32. order, starts: of `by_latent`. Latents without entries get zeros.
+    """For each latent the sum over its entries of coefficient * y[row of the entry], and of coefficient; in float32.
+    order, starts: of `by_latent`. Latents without entries get zeros.
 
     Sums of long lists are made of sums of aligned segments, so that one hot latent keeps no program busy for long.
     """
-    assert all(x is None or x.is_contiguous() for x in (coefficients, order, starts, y, out))
+    assert all(x is None or x.is_contiguous() for x in (coefficients, order, starts, y))
     n, k = coefficients.shape
     d, d_sae = y.shape[1], len(starts) - 1
-    out = torch.empty(d_sae, d, dtype=torch.float32, device=y.device) if out is None else out
+    out = torch.empty(d_sae, d, dtype=torch.float32, device=y.device)
     sums = torch.empty(d_sae, dtype=torch.float32, device=y.device)
     if not n:
         return out.zero_(), sums.zero_()
@@ -121,9 +119,7 @@ def rows(
         first = torch.arange(0, n_segments * SEGMENT, SEGMENT, device=y.device)
         ends = starts[torch.searchsorted(starts, first, right=True)]
         _segments[(n_segments, triton.cdiv(d, block))](coefficients, order, ends, y, segments, segment_sums, d, **tiles)
-    _rows[(d_sae, triton.cdiv(d, block))](
-        coefficients, order, starts, y, segments, segment_sums, unused_minus, out, sums, d, **tiles
-    )
+    _rows[(d_sae, triton.cdiv(d, block))](coefficients, order, starts, y, segments, segment_sums, out, sums, d, **tiles)
     return out, sums
 
 
@@ -216,7 +212,6 @@ def _rows(
     y,
     segments,
     segment_sums,
-    minus,
     out,
     sums,
     d,
@@ -260,8 +255,6 @@ def _rows(
         total += tl.sum(x, axis=0)
         weights += tl.load(segment_sums + segment, mask=real, other=0.0)
     weight = tl.sum(weights, axis=0)
-    if minus is not None:
-        total -= weight * tl.load(minus + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + latent.to(tl.int64) * d + column, total, mask=inside)
     if tl.program_id(1) == 0:
         tl.store(sums + latent, weight)
