@@ -136,14 +136,12 @@ def bench_codes(size: str, n: int, d: int, d_sae: int, k: int) -> None:
             dense = torch.zeros(n, d_sae, device=DEVICE).scatter_(1, indices, values)
             twin = torch.cat([part.T @ x.float() for part in dense.split(8192, dim=1)])
             del dense
-            out = torch.empty(d_sae, d, device=DEVICE)
             for block, entries, segment in ((256, 8, 128), (256, 16, 128), (128, 8, 128), (128, 16, 128), (256, 8, 64)):
                 codes.ROWS_BLOCK, codes.ROWS_ENTRIES, codes.SEGMENT = block, entries, segment
                 error = difference(codes.rows(values, *pad, x)[0], twin)
                 name = f"rows {label} block={block} entries={entries} segment={segment}"
                 report(size, name, lambda x=x: codes.rows(values, *pad, x), gigabytes, error)
             codes.ROWS_BLOCK, codes.ROWS_ENTRIES, codes.SEGMENT = 256, 8, 128
-            b = x32[0].contiguous()
             if DEVICE == "cuda" and dtype == torch.float32:
                 flat, row = indices.flatten(), torch.arange(n * k, device=DEVICE) // k
 
