@@ -179,7 +179,7 @@ def _planned(
         if "expansion" in recipe:
             del before["d_sae"]
         recipe = before | recipe
-    hook = recipe.get("hook") or _only_hook(run)
+    hook = recipe.get("hook") or only_hook(run)
     cache = _rows(run, hook, recipe, device)
     settings = training(recipe, hook=hook, d_in=cache.d_in)
     if begun is not None:
@@ -187,7 +187,8 @@ def _planned(
     return run, settings, cache
 
 
-def _only_hook(run: Run) -> str:
+def only_hook(run: Run) -> str:
+    """Raises InputError when it has none or several."""
     hooks = run.hooks()
     if len(hooks) != 1:
         raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
