@@ -30,6 +30,7 @@ from app.recipe import Recipe, training
 from app.sweep_table import PLOT, RECORD, Cell, cells_of
 from sae.evals.reconstruction import dead_share, reconstruction
 from sae.files import CFG, load_sae
+from sae.plan import check_memory
 from sae.settings import Training, default_name
 from sae.train import Outcome, begun_with, train_together
 
@@ -50,6 +51,9 @@ def sweep(
     cells = read_cells(file, run)
     with lock(run.path / ".sweep.lock"):
         if overwrite:
+            for hook in {cell.hook for cell in cells.values()}:  # before anything is given up
+                here = [cell for cell in cells.values() if cell.hook == hook]
+                check_memory(here, run.activations(hook, roles=here[0].roles).d_in, pick_device(device))
             for name in cells:
                 shutil.rmtree(run.dictionary(name), ignore_errors=True)
         outcomes = train_together(run, cells, device=device, keep=keep)
