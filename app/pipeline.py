@@ -13,7 +13,7 @@ from activations.embedder import NAME as EMBEDDER
 from activations.embedder import REVISION, load_embedder
 from activations.errors import InputError
 from activations.live import LiveActivations
-from activations.model import Model, load_model
+from activations.model import Model, load_model, pick_device
 from activations.modules import collect_vectors
 from activations.ranks import joined
 from activations.run import NO_MODEL, Run
@@ -28,6 +28,7 @@ from data.store import open_store
 from data.store.schema import STORE_FILE
 from sae.evals.suite import EVAL, evaluate
 from sae.parallel import Mesh
+from sae.plan import check_memory
 from sae.settings import Training, default_name
 from sae.train import begun_with, train
 
@@ -160,6 +161,7 @@ def train_run(
 
         def cleared() -> bool:
             if overwrite and folder.exists():
+                check_memory([settings], cache.d_in, pick_device(where), shards=mesh.n_latents, rows=mesh.n_rows)
                 shutil.rmtree(folder)
             return (folder / "cfg.json").exists()
 
@@ -179,7 +181,7 @@ def _planned(
         if "expansion" in recipe:
             del before["d_sae"]
         recipe = before | recipe
-    hook = recipe.get("hook") or _only_hook(run)
+    hook = recipe.get("hook") or only_hook(run)
     cache = _rows(run, hook, recipe, device)
     settings = training(recipe, hook=hook, d_in=cache.d_in)
     if begun is not None:
@@ -187,7 +189,8 @@ def _planned(
     return run, settings, cache
 
 
-def _only_hook(run: Run) -> str:
+def only_hook(run: Run) -> str:
+    """Raises InputError when it has none or several."""
     hooks = run.hooks()
     if len(hooks) != 1:
         raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")

@@ -4,17 +4,14 @@ On the machine at hand the thing itself is timed: a few real steps at the real s
 real model to the same disk. For a machine that is not at hand its built-in rates stand in, and each figure says so.
 """
 
-import itertools
 import shutil
 import tempfile
 import time
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
-import click
 import torch
 from torch import Tensor
 
@@ -27,11 +24,12 @@ from activations.machine import BUILT_IN, MEASURED, Machine, built_in, free_disk
 from activations.model import Model, load_model, pick_device
 from activations.run import Run
 from activations.writer import MOST_SETS, SETS
-from app.cli.options import COUNT
-from app.pipeline import middle_hook
+from app.pipeline import middle_hook, only_hook
+from app.recipe import Recipe, training
 from app.sources import Text
 from sae.calibrate import ENCODE_ROWS, StepTime, random_rows, step_time
 from sae.plan import (
+    DEAD,
     FILLED,
     STATISTICS_TOKENS,
     checkpoint_bytes,
@@ -51,8 +49,8 @@ MODEL_RATE = 0.4
 """Share of a GPU's product rate that a language model's forward pass is taken to reach where it cannot be timed."""
 TOKEN_BYTES = 2.1
 _TRIAL_SECONDS = 2.0
-_OPTIONS = ("arch", "hook", "d_sae", "expansion", "k", "tokens", "batch", "lr", "seed", "keep", "name", "role", "live")
 _SHARED = ("token visits", "tokens to train on", "epochs", "memory free", "memory of a GPU", "GPUs", "disk free")
+_IF_DEAD = f"time if {DEAD:.0%} of latents die"
 CHECKPOINT_COPIES = 1
 """Checkpoints on disk beside those that are kept: the one being written."""
 
@@ -109,90 +107,77 @@ def plan_train(
     run: Path | None,
     *,
     place: Place,
-    arch: str = "topk",
-    hook: str | None = None,
-    d_sae: int | None = None,
-    expansion: int = 8,
-    k: float = 32,
-    tokens: int = 10_000_000,
-    batch: int = 2048,
-    roles: Sequence[str] = (),
-    seed: int = 0,
-    live: bool = False,
+    keep: int = 2,
+    d_in: int | None = None,
+    model: str | None = None,
+    **recipe: Unpack[Recipe],
+) -> Plan:
+    """What `sae train` by the same recipe will take. Without a run: its d_in, or the model whose width it is.
+
+    Raises InputError.
+    """
+    start = time.process_time()  # of this process: what Python, torch and transformers take to be imported
+    opened = Run.open(run) if run is not None and d_in is None and model is None else None
+    hook, cache = recipe.get("hook", "hook"), None
+    if opened is not None:
+        hook = recipe.get("hook") or only_hook(opened)
+        if not recipe.get("live") or hook in opened.hooks():
+            cache = opened.activations(hook, roles=recipe.get("roles", ()))
+        else:
+            model = str(opened.meta["model"])
+    width = cache.d_in if cache is not None else d_in or (_width(model) if model else None)
+    if width is None:
+        raise InputError("Nothing says how wide the activations are: give RUN, --d-in or --model.")
+    settings = [training(recipe, hook=hook, d_in=width)]
+    plan = _plan(settings, width, cache, place=place, keep=keep, folder=run, start=start)
+    if cache is None:
+        plan.notes.append("The time of the language model that makes the activations is not in it.")
+    return plan
+
+
+def plan_sweep(
+    run: Path | None,
+    file: Path,
+    *,
+    place: Place,
     keep: int = 2,
     d_in: int | None = None,
     model: str | None = None,
 ) -> Plan:
-    """What `sae train` with the same options will take. Without a run: its d_in, or the model whose width it is.
+    """What `sae sweep` will take: the cells of `file`, those of a hook trained in one pass. Raises InputError."""
+    from app.sweep import read_cells
 
-    Raises InputError.
-    """
-    options = {"arch": arch, "hook": hook, "d_sae": d_sae, "expansion": expansion, "k": k, "tokens": tokens}
-    cell = {**options, "batch": batch, "seed": seed, "keep": keep}
-    return plan_cells(run, [cell], place=place, roles=roles, live=live, d_in=d_in, model=model)
-
-
-def plan_sweep(
-    run: Path | None, file: Path, *, place: Place, d_in: int | None = None, model: str | None = None
-) -> Plan:
-    """What `sae sweep` will take: all cells of `file` trained on one read of the activations. Raises InputError."""
-    return plan_cells(run, list(cells_of(file)), place=place, d_in=d_in, model=model)
-
-
-def cells_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The cells of a sweep's file: `[base]` with every combination of `[grid]`. Raises InputError."""
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): expected TOML with [base] and [grid].") from None
-    base, grid = table.get("base", {}), table.get("grid", {})
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"{file}: {name} in [grid] is no list of values: expected such as {name} = [1, 2].")
-    for chosen in itertools.product(*grid.values()):
-        options = {**base, **dict(zip(grid, chosen, strict=True))}
-        yield {name.replace("-", "_"): value for name, value in options.items()}
+    start = time.process_time()
+    opened = Run.open(run) if run is not None and d_in is None and model is None else None
+    width = d_in or (_width(model) if model else None)
+    if opened is None and width is None:
+        raise InputError("Nothing says how wide the activations are: give RUN, --d-in or --model.")
+    cells = list(read_cells(file, opened, d_in=width).values())
+    plans = []
+    for hook in dict.fromkeys(cell.hook for cell in cells):
+        here = [cell for cell in cells if cell.hook == hook]
+        cache = opened.activations(hook, roles=here[0].roles) if opened is not None else None
+        d_in = cache.d_in if cache is not None else width
+        assert d_in is not None
+        plans.append(_plan(here, d_in, cache, place=place, keep=keep, folder=run, start=start))
+        start = time.process_time()
+    return _sum(plans) if len(plans) > 1 else plans[0]
 
 
-def plan_cells(
-    run: Path | None,
-    cells: Sequence[Mapping[str, Any]],
+def _plan(
+    settings: Sequence[Training],
+    d_in: int,
+    cache: CachedActivations | None,
     *,
     place: Place,
-    roles: Sequence[str] = (),
-    live: bool = False,
-    d_in: int | None = None,
-    model: str | None = None,
+    keep: int,
+    folder: Path | None,
+    start: float,
 ) -> Plan:
-    """The plan of dictionaries that are trained together; each cell holds options of `sae train` by name.
-
-    Cells at several hooks of a run are planned hook by hook and added up. Raises InputError.
-    """
-    hooks = list(dict.fromkeys(cell.get("hook") for cell in cells))
-    if len(hooks) > 1 and run is not None and d_in is None and model is None:
-        groups = [[cell for cell in cells if cell.get("hook") == hook] for hook in hooks]
-        return _sum([plan_cells(run, group, place=place, roles=roles, live=live) for group in groups])
-    start = time.process_time()  # of this process: what Python, torch and transformers take to be imported
-    cache = None
-    if run is not None and d_in is None and model is None:
-        hook = hooks[0]
-        cache = _cache(Run.open(run), hook, roles) if not live else None
-        if cache is None:
-            model = str(Run.open(run).meta["model"])
-    if cache is not None:
-        d_in = cache.d_in
-    elif model is not None:
-        d_in = _width(model)
-    if d_in is None:
-        raise InputError("Nothing says how wide the activations are: give RUN, --d-in or --model.")
-    settings = [settings_of(cell, d_in, cache.hook if cache else "hook") for cell in cells]
-    for each in settings:
-        each.config(d_in)
-    keep = max(int(cell.get("keep", 2)) for cell in cells)
-    folder = run or Path.cwd() / "run"
+    """Of dictionaries that are trained together. start: seconds that this process had taken before."""
+    folder = folder or Path.cwd() / "run"
     machine = place.resolve(folder)
     plan = Plan(_title(settings, d_in), machine.name)
-
     tokens = max(each.n_tokens for each in settings)
     plan.add("steps", sum(each.n_steps for each in settings), "", COUNTED)
     plan.add("token visits", tokens, "", COUNTED)
@@ -213,36 +198,7 @@ def plan_cells(
     else:
         _plan_by_steps(plan, settings, d_in, machine, gpus, times, cache, start)
     _plan_disk(plan, settings, d_in, keep, cache, folder)
-    if model is not None or (cache is None and run is None):
-        plan.notes.append("The time of the language model that makes the activations is not in it.")
     return plan
-
-
-def settings_of(cell: Mapping[str, Any], d_in: int, hook: str) -> Training:
-    """Options of `sae train` as its settings. Raises InputError for one that is unknown, or has a wrong value."""
-    for name in cell:
-        if name not in _OPTIONS:
-            raise InputError(f"Option {name!r} is unknown: expected one of {', '.join(_OPTIONS)}.")
-    arch = str(cell.get("arch", "topk"))
-    if arch not in REGISTRY:
-        raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
-    name, k = REGISTRY[arch].sparsity, float(cell.get("k", 32))
-    d_sae = _count(cell.get("d_sae") or _count(cell.get("expansion", 8)) * d_in)
-    return Training(
-        architecture=arch,
-        hook=str(cell.get("hook") or hook),
-        sizes={"d_sae": d_sae, name: int(k) if name == "k" else k},
-        n_tokens=_count(cell.get("tokens", 10_000_000)),
-        batch=_count(cell.get("batch", 2048)),
-        seed=int(cell.get("seed", 0)),
-    )
-
-
-def _count(value: Any) -> int:
-    try:
-        return COUNT.convert(value, None, None)
-    except click.UsageError as error:
-        raise InputError(error.message) from None
 
 
 def _sum(plans: Sequence[Plan]) -> Plan:
@@ -370,14 +326,18 @@ def _plan_memory(
 
 def _plan_by_rates(plan: Plan, settings: Sequence[Training], d_in: int, machine: Machine, gpus: int) -> None:
     parts: dict[str, float] = {}
+    total_dead = 0.0
     for each in settings:
         for name, seconds in step_seconds(each, d_in, machine, gpus).of.items():
             parts[name] = parts.get(name, 0.0) + each.n_steps * seconds
+        total_dead += each.n_steps * step_seconds(each, d_in, machine, gpus, DEAD).total
     total, n = sum(parts.values()), sum(each.n_steps for each in settings)
     plan.add("time a step", total / n, "seconds", machine.source)
     _plan_time(plan, total, machine, gpus, machine.source)
+    if total_dead > 1.02 * total:
+        plan.add(_IF_DEAD, total_dead, "seconds", machine.source)
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
-    plan.notes.append(f"A step: {shares}. By rates alone, nothing overlapped and nothing lost.")
+    plan.notes.append(f"A step: {shares}. By rates, nothing overlapped.")
 
 
 def _suggest_batch(plan: Plan, settings: Sequence[Training], d_in: int, machine: Machine, place: Place) -> None:
@@ -433,7 +393,7 @@ def _plan_by_steps(
     total = start + steps + written + ends
     _plan_time(plan, total, machine, gpus, basis)
     if steps_dead > 1.02 * steps:
-        plan.add("time if latents die", total + steps_dead - steps, "seconds", basis)
+        plan.add(_IF_DEAD, total + steps_dead - steps, "seconds", basis)
 
 
 def _plan_time(plan: Plan, seconds: float, machine: Machine, gpus: int, basis: str) -> None:
@@ -487,13 +447,6 @@ def _time(
 def _some_rows(cache: CachedActivations) -> Tensor:
     rows = cache.rows(0)[training_mask(cache, 0)]
     return (rows.float() * scale_of(cache.moments)).to(rows.dtype)
-
-
-def _cache(run: Run, hook: str | None, roles: Sequence[str]) -> CachedActivations:
-    hooks = run.hooks()
-    if hook is None and len(hooks) != 1:
-        raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name one with --hook.")
-    return run.activations(hook or hooks[0], roles=roles)
 
 
 def _try_collect(

@@ -12,7 +12,6 @@ RUN/sweep.json holds the settings and held-out metrics of the cells of every swe
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
-import torch
 
 from activations.errors import InputError
 from activations.files import lock, read_json, write_aside, write_json
@@ -32,6 +30,7 @@ from app.recipe import Recipe, training
 from app.sweep_table import PLOT, RECORD, Cell, cells_of
 from sae.evals.reconstruction import dead_share, reconstruction
 from sae.files import CFG, load_sae
+from sae.plan import check_memory
 from sae.settings import Training, default_name
 from sae.train import Outcome, begun_with, train_together
 
@@ -50,9 +49,11 @@ def sweep(
     """
     run = Run.open(path)
     cells = read_cells(file, run)
-    _check_memory(run, cells, pick_device(device))
     with lock(run.path / ".sweep.lock"):
         if overwrite:
+            for hook in {cell.hook for cell in cells.values()}:  # before anything is given up
+                here = [cell for cell in cells.values() if cell.hook == hook]
+                check_memory(here, run.activations(hook, roles=here[0].roles).d_in, pick_device(device))
             for name in cells:
                 shutil.rmtree(run.dictionary(name), ignore_errors=True)
         outcomes = train_together(run, cells, device=device, keep=keep)
@@ -67,8 +68,11 @@ def sweep(
     return done, sum(outcome.n_tokens == 0 for outcome in outcomes.values())
 
 
-def read_cells(file: Path, run: Run) -> dict[str, Training]:
-    """ID: settings of each cell of the grid in `file`. Raises InputError."""
+def read_cells(file: Path, run: Run | None, *, d_in: int | None = None) -> dict[str, Training]:
+    """ID: settings of each cell of the grid in `file`. Raises InputError.
+
+    run: whose activations they are of; None, for a plan: of some that are d_in wide.
+    """
     base, grid = _read(file)
     cells: dict[str, Training] = {}
     for values in itertools.product(*grid.values()):
@@ -76,10 +80,11 @@ def read_cells(file: Path, run: Run) -> dict[str, Training]:
         recipe = base | point
         if recipe.get("seed", 0) != 0:  # that of seed 0, so that all seeds see the same batches
             recipe.setdefault("order_seed", 0)
-        hook = recipe.get("hook") or _only_hook(run, file)
+        hook = recipe.get("hook") or ("hook" if run is None else _only_hook(run, file))
         try:
-            d_in = run.activations(hook, roles=recipe.get("roles", ())).d_in
-            settings = training(cast(Recipe, recipe), hook=hook, d_in=d_in)
+            width = d_in if run is None else run.activations(hook, roles=recipe.get("roles", ())).d_in
+            assert width is not None
+            settings = training(cast(Recipe, recipe), hook=hook, d_in=width)
         except InputError as error:
             said = ", ".join(f"{key}={_text(value)}" for key, value in point.items())
             raise InputError(f"{file}: the cell {said} cannot be: {error}" if said else f"{file}: {error}") from None
@@ -155,23 +160,6 @@ def _only_hook(run: Run, file: Path) -> str:
     if len(hooks) != 1:
         raise InputError(f"{run.path} has {len(hooks)} hooks ({', '.join(hooks) or 'none'}): name some in {file}.")
     return hooks[0]
-
-
-def _check_memory(run: Run, cells: Mapping[str, Training], where: torch.device) -> None:
-    """Weights, gradients and two moments of all cells of a hook are held at once, in float32."""
-    for hook in {settings.hook for settings in cells.values()}:
-        here = [settings for settings in cells.values() if settings.hook == hook]
-        d_in = run.activations(hook).d_in
-        need = sum(2 * d_in * s.sizes["d_sae"] * 4 * (4 + bool(s.ema)) for s in here)
-        if where.type == "cuda":
-            room = torch.cuda.get_device_properties(where).total_memory
-        else:
-            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if need > room:
-            raise InputError(
-                f"The {len(here)} cells at {hook} need {need / 2**30:,.1f} GiB at once, and there are "
-                f"{room / 2**30:,.1f}: sweep over fewer at a time."
-            )
 
 
 def _still_there(run: Run) -> dict[str, Any]:

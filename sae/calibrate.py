@@ -15,7 +15,7 @@ from torch import Tensor
 
 from activations.machine import memory_of, times_of
 from activations.model import fast_dtype
-from sae.plan import check_memory, family, needed_memory
+from sae.plan import DEAD, check_memory, family, needed_memory
 from sae.registry import REGISTRY
 from sae.settings import Training
 from sae.stepper import Stepper
@@ -57,13 +57,13 @@ def step_time(
     rows = random_rows(d_in) if rows is None else rows
     wanted = int(settings.sizes["d_sae"])
     narrow = min(wanted, max(_NARROW, 4 * math.ceil(settings.sizes[REGISTRY[settings.architecture].sparsity])))
-    check_memory(_at_width(settings, narrow), d_in, device)
+    check_memory([_at_width(settings, narrow)], d_in, device)
     probe = time_steps(_at_width(settings, narrow), d_in, device, rows, seconds=0.5 if narrow < wanted else patience)
     free = memory_of(device)[0]
 
     def affordable(width: int) -> bool:
         seconds = max(probe.step, probe.step_dead) * width / narrow
-        return seconds <= patience and needed_memory(_at_width(settings, width), d_in, device) <= free
+        return seconds <= patience and needed_memory([_at_width(settings, width)], d_in, device) <= free
 
     if narrow == wanted:
         return probe
@@ -72,7 +72,7 @@ def step_time(
     widest = 2 * narrow
     while 2 * widest < wanted and affordable(2 * widest):
         widest *= 2
-    if needed_memory(_at_width(settings, widest), d_in, device) > free:
+    if needed_memory([_at_width(settings, widest)], d_in, device) > free:
         widest = narrow
     half, whole = (
         time_steps(_at_width(settings, width), d_in, device, rows, seconds=patience) for width in (widest // 2, widest)
@@ -111,7 +111,7 @@ def time_steps(
         return mean(times_of(step, device, seconds))
 
     alive = timed(0, seconds)
-    some_dead = timed(max(sae.d_sae // 10, 1), seconds / 2) if family(settings.architecture) == "sparse" else alive
+    some_dead = timed(math.ceil(DEAD * sae.d_sae), seconds / 2) if family(settings.architecture) == "sparse" else alive
     sample = rows[:ENCODE_ROWS].float()
     encode = mean(times_of(lambda: sae.encode_sparse(sample), device, seconds / 2)) * ENCODE_ROWS / len(sample)
     return StepTime(alive, some_dead, initialise, encode, "measured")

@@ -30,6 +30,7 @@ from sae.checkpoint import Place
 from sae.files import CFG, save_sae
 from sae.monitor import Bar, Monitor
 from sae.parallel import ALONE, Mesh
+from sae.plan import check_memory
 from sae.registry import REGISTRY
 from sae.settings import Training, default_name
 from sae.stack import Together
@@ -105,8 +106,8 @@ def train_together(
     else draws the curves, "wandb" or "tensorboard". mesh: the processes that train together, each of which calls this;
     the leader writes.
     Raises InputError when activations are missing or damaged, sizes cannot be, a folder holds a dictionary that was
-    trained with other settings or cannot be written to, they cannot be trained together, the disk is full, or a loss
-    is no longer finite. The checkpoints stay, and training goes on from the last one.
+    trained with other settings or cannot be written to, they cannot be trained together or need more memory than is
+    free, the disk is full, or a loss is no longer finite. The checkpoints stay, and training goes on from the last one.
     """
     where, ranks = pick_device(device), mesh.ranks
     folders = {name: run.dictionary(name) for name in wanted}
@@ -123,10 +124,15 @@ def train_together(
             return left
 
         def begin() -> list[tuple[int, list[str]]]:
+            passes = list(_passes(left, folders))
+            for _, names in passes:
+                cells = [left[name] for name in names]
+                d_in = rows_at[cells[0].hook].d_in
+                check_memory(cells, d_in, where, shards=mesh.n_latents, rows=mesh.n_rows)
             for name, plan in left.items():
                 if not (folders[name] / BEGUN).exists():
                     write_json(folders[name] / BEGUN, _facts(plan))
-            return list(_passes(left, folders))
+            return passes
 
         left = {name: plans[name] for name in ranks.by_leader(unfinished)}
         rows_at = ranks.together(lambda: _opened(run, left, sources or {}, mesh))

@@ -2,12 +2,11 @@
 
 import copy
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from app.cli import collect, train
+from app.cli import collect, sweep, train
 from app.cli.options import COUNT, json_option
 
 if TYPE_CHECKING:
@@ -72,10 +71,13 @@ def _place(options: dict[str, Any]) -> "Place":
 
 def _train(options: dict[str, Any]) -> "Plan":
     from app.planning import plan_train
+    from app.recipe import Recipe
 
-    names = ("arch", "hook", "d_sae", "expansion", "tokens", "batch", "roles", "seed", "live", "keep", "d_in", "model")
-    chosen = {name: options[name] for name in names}
-    return plan_train(options["run"], place=_place(options), k=options["sparsity"], **chosen)
+    # By identity: 0 is a value that was given, and equals False.
+    given = {name: v for name, v in options.items() if not (v is None or v is False or v == ())}
+    recipe = cast(Recipe, {name: v for name, v in given.items() if name in Recipe.__annotations__})
+    at: dict[str, Any] = {name: options[name] for name in ("keep", "d_in", "model")}
+    return plan_train(options["run"], place=_place(options), **at, **recipe)
 
 
 def _collect(options: dict[str, Any]) -> "Plan":
@@ -98,9 +100,8 @@ def _collect(options: dict[str, Any]) -> "Plan":
 def _sweep(options: dict[str, Any]) -> "Plan":
     from app.planning import plan_sweep
 
-    return plan_sweep(
-        options["run"], options["file"], place=_place(options), d_in=options["d_in"], model=options["model"]
-    )
+    at: dict[str, Any] = {name: options[name] for name in ("keep", "d_in", "model")}
+    return plan_sweep(options["run"], options["file"], place=_place(options), **at)
 
 
 def _show(plan: "Plan", as_json: bool) -> None:
@@ -113,15 +114,7 @@ def _show(plan: "Plan", as_json: bool) -> None:
     click.echo(json.dumps({"what": plan.what, "machine": plan.machine, "figures": figures, "notes": plan.notes}))
 
 
-_sweep_like = click.Command(
-    "sweep",
-    params=[
-        click.Argument(["run"], type=click.Path(path_type=Path)),
-        click.Argument(["file"], type=click.Path(path_type=Path)),
-        click.Option(["--device"], default="auto", show_default=True, metavar="auto|cpu|cuda"),
-    ],
-)
-train.command.name, collect.command.name = "train", "collect"
+train.command.name, collect.command.name, sweep.command.name = "train", "collect", "sweep"
 command.add_command(_planner(collect.command, _PLACE, _collect))
 command.add_command(_planner(train.command, (*_PLACE, *_SOURCE), _train))
-command.add_command(_planner(_sweep_like, (*_PLACE, *_SOURCE), _sweep))
+command.add_command(_planner(sweep.command, (*_PLACE, *_SOURCE), _sweep))

@@ -52,7 +52,7 @@ def test_what_openai_did_is_planned_without_a_run_or_a_gpu():
     assert "With --batch" in text
     few = plan(*what, "--gpus", 8)
     assert few["GPUs"] == 8
-    assert "It does not fit 8 GPUs (filled to 92%): it takes 102." in few["notes"]
+    assert "It does not fit 8 GPUs (filled to 92%): it takes 103." in few["notes"]
     table = said_by(*what)
     assert "GPU-hours" in table
     assert "built-in" in table
@@ -104,6 +104,6 @@ def test_wrong_plans_are_one_line(tmp_path):
     assert "make no batch" in wrong("train", "--d-in", 8, "--tokens", 10, "--machine", "h100")
     bad = tmp_path / "bad.toml"
     bad.write_text("[grid]\nk = 3\n")
-    assert "k in [grid] is no list" in wrong("sweep", "nowhere", bad, "--d-in", 8, "--machine", "h100")
+    assert "k = 3 in [grid]: expected a list" in wrong("sweep", "nowhere", bad, "--d-in", 8, "--machine", "h100")
     bad.write_text("[base]\nbanana = 3\n")
     assert "'banana'" in wrong("sweep", "nowhere", bad, "--d-in", 8, "--machine", "h100")

@@ -143,7 +143,7 @@ def test_other_settings_and_two_hooks_in_the_grid(run, grid):
         ("[grid]\narch = ['topk', 'banana']", "the cell arch=banana cannot be: Architecture 'banana' is unknown"),
         ("[grid]\nk = [2, 999]", "the cell k=999 cannot be: topk: k=999 is out of range"),
         ("[grid]\nhook = ['blocks.9.hook_resid_post']", "has no activations at 'blocks.9.hook_resid_post'"),
-        ("[grid]\nd-sae = [1000000000, 2000000000]", "GiB at once, and there are"),
+        ("[grid]\nd-sae = [1000000000, 2000000000]", "train fewer at a time"),
     ],
 )
 def test_a_wrong_file_is_one_line_before_anything_starts(run, grid, text, says):

@@ -22,7 +22,7 @@ from sae.plan import (
 )
 from sae.registry import REGISTRY
 from sae.settings import Training
-from sae.train import train
+from sae.train import train, train_together
 from tests.tiny import HOOK, planted_rows, planted_run
 
 CPU = torch.device("cpu")
@@ -83,6 +83,40 @@ def test_cells_of_a_sweep_share_the_batch_and_the_program():
         assert two[shared] == one[shared]
 
 
+# (settings, width, GPUs, share of dead latents, MiB that torch had allocated at most, milliseconds of a step)
+MEASURED_ON_H100 = {
+    "wide": ({"d_sae": 65_536, "k": 64, "batch": 8192}, 2304, 1, 0.0, 5487, 10.7),
+    "dead": ({"d_sae": 65_536, "k": 64, "batch": 8192}, 2304, 1, 0.25, 6219, 15.9),
+    "small": ({"d_sae": 9216, "k": 32, "batch": 4096}, 576, 1, 0.0, 216, 0.80),
+    "wider": ({"d_sae": 131_072, "k": 64, "batch": 16_384}, 2304, 1, 0.0, 11_254, 29.3),
+    "of two": ({"d_sae": 131_072, "k": 64, "batch": 16_384}, 2304, 2, 0.0, 6072, 17.6),
+    "jumprelu": ({"architecture": "jumprelu", "d_sae": 65_536, "k": 64, "batch": 4096}, 2304, 1, 0.0, None, 13.1),
+}
+
+
+@pytest.mark.parametrize("what", MEASURED_ON_H100)
+def test_steps_that_were_measured_on_h100s_are_met(what):
+    of, d_in, gpus, dead, mebibytes, milliseconds = MEASURED_ON_H100[what]
+    wanted = settings(**of)
+    assert 1e3 * step_seconds(wanted, d_in, built_in("h100"), gpus, dead).total == pytest.approx(milliseconds, rel=0.15)
+    parts = memory([wanted], d_in, "cuda", shards=gpus)
+    apart = parts.of["program"] + (0 if dead else parts.of["dead latents"])
+    if mebibytes is not None:
+        assert (parts.total - apart) / 2**20 == pytest.approx(mebibytes, rel=0.1)
+
+
+def test_a_running_mean_is_one_more_copy_of_the_weights():
+    plain, with_mean = memory([settings()], 64, "cpu").total, memory([settings(ema=0.99)], 64, "cpu").total
+    assert with_mean - plain == 4 * n_parameters(settings(), 64)
+
+
+def test_small_steps_on_a_gpu_keep_their_memory_and_large_ones_take_turns():
+    small, large = settings(), settings(d_sae=1 << 17, batch=1 << 14)
+    for cell, times in ((small, 2), (large, 1)):
+        one, two = memory([cell], 576, "cuda").of, memory([cell, cell], 576, "cuda").of
+        assert two["gradients"] == times * one["gradients"]
+
+
 def test_sixteen_million_latents_take_the_smallest_number_of_gpus_that_holds_them():
     wanted = settings(d_sae=16_000_000, k=32, batch=2048)
     n = needed_gpus([wanted], 12_288, 80 * GB)
@@ -108,12 +142,24 @@ def test_a_batch_that_no_number_of_gpus_holds_is_refused():
 
 def test_what_the_machine_cannot_hold_is_refused_before_it_starts():
     there = memory_of(CPU)[1]
-    check_memory(settings(), 64, CPU)
+    check_memory([settings()], 64, CPU)
     wanted = settings(d_sae=there // 512)
-    assert needed_memory(wanted, 512, CPU) > there
+    assert needed_memory([wanted], 512, CPU) > there
     with pytest.raises(InputError, match=r"this machine has .* GB free: lower --d-sae") as error:
-        check_memory(wanted, 512, CPU)
+        check_memory([wanted], 512, CPU)
     assert "\n" not in str(error.value)
+
+
+def test_training_without_the_memory_for_it_says_so_and_writes_nothing(tmp_path, monkeypatch):
+    run = planted_run(tmp_path / "run", planted_rows(2000, 16, 20, 3, signed=False)[0])
+    one = settings(d_sae=64, k=4, n_tokens=2048, batch=128)
+    cells = {"one": one, "two": dataclasses.replace(one, seed=1, order_seed=0)}
+    enough = needed_memory([one], 16, CPU)
+    monkeypatch.setattr(sae.plan, "memory_of", lambda _: (enough, GB))
+    with pytest.raises(InputError, match="Training 2 dictionaries with 128 latents together .* train fewer at a time"):
+        train_together(run, cells, device="cpu")
+    assert not list(run.path.rglob("train.json"))
+    assert (train(run, one, name="one", device="cpu") / "cfg.json").exists()
 
 
 @pytest.mark.parametrize("architecture", sorted(REGISTRY))
