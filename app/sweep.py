@@ -49,11 +49,12 @@ def sweep(
     """
     run = Run.open(path)
     cells = read_cells(file, run)
+    left = [cell for name, cell in cells.items() if overwrite or not (run.dictionary(name) / CFG).exists()]
+    for hook in {cell.hook for cell in left}:  # before anything is given up for it
+        here = [cell for cell in left if cell.hook == hook]
+        check_memory(here, run.activations(hook, roles=here[0].roles).d_in, pick_device(device))
     with lock(run.path / ".sweep.lock"):
         if overwrite:
-            for hook in {cell.hook for cell in cells.values()}:  # before anything is given up
-                here = [cell for cell in cells.values() if cell.hook == hook]
-                check_memory(here, run.activations(hook, roles=here[0].roles).d_in, pick_device(device))
             for name in cells:
                 shutil.rmtree(run.dictionary(name), ignore_errors=True)
         outcomes = train_together(run, cells, device=device, keep=keep)
