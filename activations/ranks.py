@@ -141,5 +141,6 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield ranks
+        dist.barrier()  # nobody leaves while another still exchanges with it
     finally:
         dist.destroy_process_group()
