@@ -181,10 +181,6 @@ class SAE(nn.Module, abc.ABC):
     def after_step(self, state: State) -> None:
         """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""
 
-    def fast(self, name: str) -> Tensor:
-        """The parameter in the precision of the products, where such a copy is kept; else itself. No gradient."""
-        return self.low.get(name, getattr(self, name).detach())
-
     @torch.no_grad()
     def unscale(self, scale: float) -> None:
         """Turn a dictionary of scale * x into the same dictionary of x.

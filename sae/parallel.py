@@ -69,10 +69,6 @@ class Mesh:
         """The sum of what each part of the rows gives; the gradient goes to each part as it is."""
         return self._sum(x, "rows") if self.n_rows > 1 else x
 
-    def sum_all(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-        """Over latents and rows."""
-        return self.sum_rows(self.sum_latents(x))
-
     def mean_rows(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The mean over the batch, from the mean over the rows here."""
         return self.sum_rows(x) / self.n_rows if self.n_rows > 1 else x

@@ -18,6 +18,7 @@ from sae import kernels
 
 # Torch says once a process that sparse CSR tensors are in beta; what we use of them is tested against the dense form.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 
 class Ragged(NamedTuple):

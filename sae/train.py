@@ -221,10 +221,9 @@ def _train_pass(
                     for name, stepper in steppers.items():
                         place = Place(step, cursor, stepper.scale)
                         checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), mesh)
-                    for folder in (
-                        folders.values() if mesh.leads else ()
-                    ):  # after all have saved: a step in common stays
-                        checkpoint.forget(folder, checkpoint.steps_of(folder)[:-keep])
+                    if mesh.leads:  # after all have saved: a step in common stays
+                        for folder in folders.values():
+                            checkpoint.forget(folder, checkpoint.steps_of(folder)[:-keep])
                     saved = time.monotonic()
         seconds = time.monotonic() - began
 
