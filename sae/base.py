@@ -116,7 +116,8 @@ class SAE(nn.Module, abc.ABC):
         self.b_enc = nn.Parameter(torch.zeros(self.n_held))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         self.low: dict[str, Tensor] = {}
-        """Copies of wide parameters in the precision of the products, while an optimiser keeps them current."""
+        """Copies of wide parameters in the precision of the products, while an optimiser keeps them current; "W_enc8"
+        is the encoder in eight bits (`sae.dense.product`)."""
         self.metadata: dict[str, Any] = {}
         self.statistics: Statistics | None = None
         self.folder: Path | None = None
@@ -137,6 +138,11 @@ class SAE(nn.Module, abc.ABC):
     @property
     def model_name(self) -> str:
         return str(self.metadata.get("model_name", ""))
+
+    @property
+    def encoder(self) -> Tensor:
+        """W_enc as the product for the pre-activations takes it, in the lowest precision that there is."""
+        return self.low.get("W_enc8", self.low.get("W_enc", self.W_enc))
 
     @abc.abstractmethod
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

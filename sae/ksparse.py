@@ -68,7 +68,7 @@ def choose(
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
     among `dead`. made: the pre-activations, where they are there already."""
     parts, select, mesh = [], partial(topk, signed=sae.signed), sae.mesh
-    for pre in [made] if made is not None else pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
+    for pre in [made] if made is not None else pieces(x, sae.encoder.T, sae.b_enc):
         dead_z = None
         if dead is not None:
             dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.base import SAE, rows_of
+from sae.dense import FLOAT8, SCALE, to_float8
 
 WIDE = ("W_enc", "W_dec")
 """The parameters with a row a latent; `rows_of` gives them in that form."""
@@ -18,10 +19,12 @@ class Optimizer:
     """Adam over the parameters of `sae`. betas as torch's; clip: the largest norm of the whole gradient.
 
     matmul: when it is lower than float32 and there is a GPU, copies of the wide matrices in it are kept current in
-    `sae.low`, so that no step has to make them.
+    `sae.low`, so that no step has to make them. float8: the encoder's is in eight bits.
     """
 
-    def __init__(self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype) -> None:
+    def __init__(
+        self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype, float8: bool = False
+    ) -> None:
         self.sae, self.betas, self.clip = sae, betas, clip
         self.wide = WIDE if kernels.available(sae.W_dec) else ()
         device = sae.W_dec.device
@@ -44,6 +47,8 @@ class Optimizer:
             }
         if self.wide and matmul != torch.float32:
             sae.low = {name: torch.empty_like(getattr(sae, name), dtype=matmul) for name in self.wide}
+            if float8:
+                sae.low["W_enc8"] = torch.empty_like(sae.low.pop("W_enc"), dtype=FLOAT8)
             self.refresh()
 
     @property
@@ -60,7 +65,7 @@ class Optimizer:
         for state in self._adam.state.values():
             state["step"].copy_(self._steps)
         for name, copy in self.sae.low.items():
-            copy.copy_(getattr(self.sae, name))
+            copy.copy_(to_float8(self.sae.W_enc, SCALE) if name == "W_enc8" else getattr(self.sae, name))
 
     @torch.no_grad()
     def forget(self, latents: Tensor) -> None:
@@ -107,7 +112,7 @@ class Optimizer:
             corrections = [1 - torch.pow(beta, self._steps.double()) for beta in self.betas]
             hyper = torch.stack([self._lr.double(), *corrections, factor.double()]).float()
             for name in self.wide:
-                p, low = self._parameters[name], self.sae.low.get(name)
+                p, low = self._parameters[name], self.sae.low.get(name, self.sae.low.get(f"{name}8"))
                 assert p.grad is not None
                 w, g, m, v = (rows_of(name, t) for t in (p.detach(), p.grad, self._mean[name], self._square[name]))
                 copy = None if low is None else rows_of(name, low)

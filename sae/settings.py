@@ -8,7 +8,7 @@ from activations.errors import InputError
 from sae.base import Config, ConfigError
 from sae.registry import REGISTRY
 
-MATMUL = ("float32", "bfloat16")
+MATMUL = ("float32", "bfloat16", "float8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class Training:
     resample_every: int | None = None
     """Tokens between resamplings of dead latents, in the first half of the run; None: never."""
     matmul: str | None = None
-    """Precision of the wide products: "float32" or "bfloat16"; None takes the faster of this machine."""
+    """Precision of the wide products: "float32" or "bfloat16", None for the faster of them on this machine; "float8":
+    bfloat16, and eight bits for the encoder's, which GPUs since Ada and Hopper make twice as fast."""
 
     def __post_init__(self) -> None:
         if self.architecture not in REGISTRY:

@@ -97,7 +97,8 @@ def _alike(steppers: Sequence[Stepper], everywhere: bool) -> list[list[Stepper]]
     stacks: dict[object, list[Stepper]] = {}
     for stepper in steppers:
         shape = (stepper.sae.d_sae, stepper.matmul)
-        fits = isinstance(stepper.sae.cfg, KSparseConfig) and (everywhere or stepper.device.type == "cuda")
+        fits = isinstance(stepper.sae.cfg, KSparseConfig) and "W_enc8" not in stepper.sae.low
+        fits = fits and (everywhere or stepper.device.type == "cuda")
         stacks.setdefault(shape if fits else stepper, []).append(stepper)
     return list(stacks.values())
 

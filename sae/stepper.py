@@ -24,11 +24,12 @@ class Stepper:
     def __init__(self, sae: SAE, settings: Training, scale: float) -> None:
         assert settings.matmul is not None
         self.sae, self.settings, self.scale = sae, settings, scale
-        self.matmul: torch.dtype = getattr(torch, settings.matmul)
+        float8 = settings.matmul == "float8"
+        self.matmul: torch.dtype = torch.bfloat16 if float8 else getattr(torch, settings.matmul)
         self.device = sae.W_dec.device
         self.n_steps_done = 0
         self.optimizer = Optimizer(
-            sae, betas=REGISTRY[settings.architecture].betas, clip=settings.clip, matmul=self.matmul
+            sae, betas=REGISTRY[settings.architecture].betas, clip=settings.clip, matmul=self.matmul, float8=float8
         )
         self.terms: dict[str, Tensor] = {}
         self.n_dead = 0

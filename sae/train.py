@@ -128,6 +128,8 @@ def train_together(
             for _, names in passes:
                 cells = [left[name] for name in names]
                 d_in = rows_at[cells[0].hook].d_in
+                for cell in cells:
+                    _check_float8(cell, d_in, where, mesh)
                 check_memory(cells, d_in, where, shards=mesh.n_latents, rows=mesh.n_rows)
             for name, plan in left.items():
                 if not (folders[name] / BEGUN).exists():
@@ -240,6 +242,15 @@ def _train_pass(
 def _with_matmul(settings: Training, where: torch.device) -> Training:
     matmul = settings.matmul or str(fast_dtype(where)).removeprefix("torch.")
     return dataclasses.replace(settings, matmul=matmul)
+
+
+def _check_float8(settings: Training, d_in: int, where: torch.device, mesh: Mesh) -> None:
+    if settings.matmul != "float8":
+        return
+    if where.type != "cuda" or torch.cuda.get_device_capability(where) < (8, 9):
+        raise InputError('matmul="float8" needs a GPU of compute capability 8.9 or more: take "bfloat16".')
+    if d_in % 16 or settings.config(d_in).d_sae % (16 * mesh.n_latents):
+        raise InputError(f'matmul="float8" needs multiples of 16: {d_in} and the latents of a process are not.')
 
 
 def _described(run: Run, plans: Mapping[str, Training]) -> dict[str, Any]:

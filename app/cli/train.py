@@ -33,7 +33,7 @@ from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_optio
 @click.option("--resample-every", type=COUNT, show_default="never", help="Tokens between resamplings of the dead.")
 @click.option(
     "--matmul",
-    metavar="float32|bfloat16",
+    metavar="float32|bfloat16|float8",
     show_default="the machine's faster",
     help="Precision of the wide products.",
 )

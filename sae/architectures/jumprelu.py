@@ -63,8 +63,7 @@ class JumpReLUSAE(SAE):
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         with torch.no_grad():
-            W_enc = self.low.get("W_enc", self.W_enc)
-            return to_table(_above(centred(self, x), W_enc, self.b_enc, self.threshold), self.n_held)
+            return to_table(_above(centred(self, x), self.encoder, self.b_enc, self.threshold), self.n_held)
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
         x = centred(self, x)
@@ -111,8 +110,8 @@ class _Reconstruct(torch.autograd.Function):
         bandwidth: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         del b_dec  # here for its gradient, as the centre of x
-        W_enc, W_dec = (low.get(name, W).to(x.dtype) for name, W in (("W_enc", W_enc), ("W_dec", W_dec)))
-        pre = product(x, W_enc.T, b_enc.to(x.dtype))
+        W_enc, W_dec = low.get("W_enc", W_enc), low.get("W_dec", W_dec).to(x.dtype)
+        pre = product(x, low.get("W_enc8", W_enc).T, b_enc)
         z, counts = jump(pre, threshold)
         ctx.save_for_backward(x, W_enc, W_dec, pre, z, threshold)
         ctx.bandwidth = bandwidth
@@ -130,7 +129,7 @@ class _Reconstruct(torch.autograd.Function):
         )
         grad_W_dec = product(z.T, low.T, out=torch.float32)
         grad_W_enc = product(grad_pre.T, x.T, out=torch.float32).T
-        grad_b_dec = -(W_enc @ grad_b_enc.to(x.dtype)).float()
+        grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
 
 

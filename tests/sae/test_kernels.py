@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from sae import jump as plain_jump  # noqa: E402
 from sae import kernels, sparse  # noqa: E402
+from sae.dense import FLOAT8, LARGEST, SCALE, product, to_float8  # noqa: E402
 from sae.kernels import adam, codes, jump, select  # noqa: E402
 from sae.select import topk, topk_dense  # noqa: E402
 
@@ -216,6 +217,21 @@ def test_adam_steps_as_torch_does(d_sae, d, unit):
     torch.testing.assert_close(v, optimizer.state[parameter]["exp_avg_sq"])
 
 
+def test_adam_writes_the_encoder_in_eight_bits():
+    w = random(20, 300) * torch.tensor([0.02, 5.0], device=DEVICE).repeat(150)  # 448 / 64 is the largest that fits
+    m, v, low = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(w, dtype=FLOAT8)
+    hyper = torch.tensor([1e-3, 0.1, 0.001, 1.0], device=DEVICE)
+    adam.adam_rows(w, random(20, 300), m, v, low, hyper, (0.9, 0.999), 1e-8, unit=False)
+    expected = to_float8(w, SCALE).float()
+    assert (w.abs() > LARGEST / SCALE).any()
+    assert (expected.abs() <= LARGEST).all()
+    if DEVICE == "cuda":
+        assert torch.equal(low.float(), expected)
+    else:  # the interpreter's rounding to eight bits loses a carry now and then
+        near = torch.isclose(low.float(), expected, atol=2**-7, rtol=1 / 8)
+        assert near.float().mean() > 0.97
+
+
 def test_adam_without_a_copy_in_low_precision():
     w, m, v = torch.ones(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
     hyper = torch.tensor([0.1, 0.1, 0.001, 1.0], device=DEVICE)
@@ -253,3 +269,19 @@ def test_the_same_input_gives_the_same_bytes():
 def test_kernels_are_for_gpus_only():
     assert not kernels.available(torch.zeros(1))
     assert kernels.available(torch.zeros(1, device=DEVICE)) == (DEVICE == "cuda")
+
+
+def test_the_product_in_eight_bits_is_near_the_product():
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no products in eight bits")
+    x, w, bias = random(48, 256).bfloat16(), random(160, 256) / 16, random(160).bfloat16()
+    exact = x.float() @ w.T + bias
+    made = product(x, to_float8(w, SCALE), bias)
+    assert made.dtype == torch.bfloat16
+    # Entries are rounded to 1 / 16 at worst, 1 / 40 in the middle, and the sum of 256 such errors is random.
+    assert ((made - exact).norm() / exact.norm()).item() < 0.06
+    x[3] = 1e4  # too large for eight bits: it counts as 448, and nothing else changes
+    again = product(x, to_float8(w, SCALE), bias)
+    assert torch.isfinite(again).all()
+    rest = torch.arange(len(x), device=DEVICE) != 3
+    assert torch.equal(again[rest], made[rest])
