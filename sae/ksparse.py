@@ -97,31 +97,59 @@ def loss(
     k: int,
     auxk_weight: float,
 ) -> Loss:
-    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
-
-    AuxK: dead latents learn to reconstruct what the living ones left over. The k_aux strongest dead latents of each row
-    (all that equal the last of them too) are decoded without b_dec; the squared error is relative to the variance of
-    what was left over, and weighed by the share of the k_aux places that dead latents can fill. Their encoder rows get
-    gradient too. A result that is not finite counts as 0.
-    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
-    """
+    """`loss_of` the k largest latents of each row."""
     dead = state.dead if auxk_weight else None
-    x, mesh = centred(sae, x), sae.mesh
-    codes = choose(sae, x, state.k or k, dead, state.pre)
+    x = centred(sae, x)
+    return loss_of(sae, x, target, choose(sae, x, state.k or k, dead, state.pre), dead, auxk_weight)
+
+
+def loss_of(
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    target: Float[Tensor, "n d_out"],
+    codes: Codes,
+    dead: Dead | None,
+    auxk_weight: float,
+) -> Loss:
+    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen. x: `centred`."""
     with torch.autocast(x.device.type, enabled=False):
-        decoded, of_dead = _Reconstruct.apply(
-            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
-        )
-        error = mesh.sum_latents(decoded) + sae.b_dec - target
-        main = fvu(error, target, mesh)
-        aux = error.new_zeros(())
-        if dead is not None:
-            left_over = error.detach()  # with the other sign: what is missing, e_hat should take away
-            aux = torch.nan_to_num(fvu(left_over + mesh.sum_latents(of_dead), left_over, mesh), nan=0.0, posinf=0.0)
-            aux = aux * (dead.n / n_places(sae)).clamp(max=1.0)
-        l0 = mesh.mean_rows(mesh.sum_latents((codes.values != 0).sum() / len(x)))
+        x_hat, of_dead = reconstruct(sae, x, codes, dead)
+        error = x_hat - target
+        main, aux = fvu(error, target, sae.mesh), auxk(sae, error, of_dead, dead)
+        l0 = sae.mesh.mean_rows(sae.mesh.sum_latents((codes.values != 0).sum() / len(x)))
     terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": l0}
     return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.n_held))
+
+
+def reconstruct(
+    sae: SAE, x: Float[Tensor, "n d_in"], codes: Codes, dead: Dead | None
+) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"] | None]:
+    """(x_hat, what the dead latents chosen for AuxK add up to), from codes that were chosen without gradient.
+
+    The gradient is that of codes which are x W_enc + b_enc at the chosen places and 0 elsewhere. x: `centred`.
+    """
+    mesh = sae.mesh
+    decoded, of_dead = _Reconstruct.apply(
+        codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
+    )
+    return mesh.sum_latents(decoded) + sae.b_dec, None if of_dead is None else mesh.sum_latents(of_dead)
+
+
+def auxk(
+    sae: SAE, error: Float[Tensor, "n d_out"], of_dead: Float[Tensor, "n d_out"] | None, dead: Dead | None
+) -> Float[Tensor, ""]:
+    """How badly dead latents reconstruct what the living ones left over, error = x_hat - target; 0 if none is dead.
+
+    The k_aux strongest dead latents of each row (all that equal the last of them too) are decoded without b_dec; the
+    squared error is relative to the variance of what was left over, and weighed by the share of the k_aux places that
+    dead latents can fill. Their encoder rows get gradient too. A result that is not finite counts as 0.
+    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
+    """
+    if dead is None or of_dead is None:
+        return error.new_zeros(())
+    left_over = error.detach()  # with the other sign: what is missing, e_hat should take away
+    aux = torch.nan_to_num(fvu(left_over + of_dead, left_over, sae.mesh), nan=0.0, posinf=0.0)
+    return aux * (dead.n / n_places(sae)).clamp(max=1.0)
 
 
 class _Reconstruct(torch.autograd.Function):
