@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Config
@@ -25,5 +26,6 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
+    "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
 }
