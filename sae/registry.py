@@ -5,6 +5,7 @@ from typing import NamedTuple
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Config
 
@@ -28,4 +29,5 @@ REGISTRY: dict[str, Entry] = {
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
     "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
+    "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
 }
