@@ -42,8 +42,22 @@ class Codes(NamedTuple):
 
     values: Float[Tensor, "n k"]
     indices: Int[Tensor, "n k"]
-    dead_z: Float[Tensor, "n m"] | None
+    dead_z: Float[Tensor, "rows m"] | None
     """Of the dead latents, dense; 0 where not chosen."""
+    bags: "Bags | None" = None
+    """Of codes in a flat table (k = 1), where rows have different numbers of chosen latents."""
+
+
+class Bags(NamedTuple):
+    """What the entries of a flat table stand for. The entries of a row lie in one or several bags, side by side; each
+    bag is decoded by itself. Entries behind the last bag have value 0."""
+
+    starts: Int[Tensor, " n_bags_and_1"]
+    """Where in the table each bag starts; those of row r are bags r * n to (r + 1) * n of n bags a row."""
+    bag: Int[Tensor, " entries"]
+    """The bag of each entry."""
+    row: Int[Tensor, " entries"]
+    """The row of each entry."""
 
 
 def encode(sae: SAE, x: Float[Tensor, "n d_in"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -129,7 +143,8 @@ def reconstruct(
 ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"] | None]:
     """(x_hat, what the dead latents chosen for AuxK add up to), from codes that were chosen without gradient.
 
-    The gradient is that of codes which are x W_enc + b_enc at the chosen places and 0 elsewhere. x: `centred`.
+    The gradient is that of codes which are x W_enc + b_enc at the chosen places and 0 elsewhere. x: `centred`, and
+    without gradient (b_dec gets that of a centre) unless it was made with one.
     """
     mesh = sae.mesh
     decoded, of_dead = _Reconstruct.apply(
@@ -177,7 +192,7 @@ class _Reconstruct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         del b_enc, b_dec  # here for their gradients
         W = low.get("W_dec", W_dec)
-        decoded = sparse.decode(codes.values, codes.indices, W)
+        decoded = sparse.decode(codes.values, codes.indices, W, codes.bags and codes.bags.starts)
         of_dead = None
         if dead is not None and codes.dead_z is not None:
             of_dead = product(codes.dead_z, W[dead.latents].T)
@@ -189,12 +204,17 @@ class _Reconstruct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_dead: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W_enc, W_dec = ctx.saved_tensors
-        (values, indices, z), dead = ctx.codes, ctx.dead
+        (values, indices, z, bags), dead = ctx.codes, ctx.dead
+        starts, bag_of, row_of = bags or (None, None, None)
         low = grad.to(W_dec.dtype)
-        order, starts = sparse.by_latent(indices, len(W_dec), values)
-        grad_W_dec, _ = sparse.rows(values, order, starts, low)
-        grad_values = sparse.dots(low, W_dec, indices, values)
-        grad_W_enc, grad_b_enc = sparse.rows(grad_values, order, starts, x.to(W_dec.dtype))
+        order, firsts = sparse.by_latent(indices, len(W_dec), values)
+        grad_W_dec, _ = sparse.rows(values, order, firsts, low, bag_of)
+        grad_values = sparse.dots(low, W_dec, indices, values, starts)
+        grad_W_enc, grad_b_enc = sparse.rows(grad_values, order, firsts, x.to(W_dec.dtype), row_of)
+        grad_x = None
+        if ctx.needs_input_grad[2]:
+            row_starts = None if starts is None else starts[:: (len(starts) - 1) // len(x)].contiguous()
+            grad_x = sparse.decode(grad_values, indices, W_enc.T, row_starts)
         if dead is not None and grad_dead is not None:
             low = grad_dead.to(z.dtype)
             # In place of grad_z * (z != 0), in one pass.
@@ -204,5 +224,9 @@ class _Reconstruct(torch.autograd.Function):
             grad_W_dec.index_add_(0, dead.latents, product(z.T, low.T, out=torch.float32))
             grad_W_enc.index_add_(0, dead.latents, product(grad_z.T, x.T, out=torch.float32))
             grad_b_enc.index_add_(0, dead.latents, grad_z.sum(dim=0, dtype=torch.float32))
+            if grad_x is not None:
+                grad_x += product(grad_z, W_enc[:, dead.latents])
+        if grad_x is not None:
+            return None, None, grad_x.to(x.dtype), grad_W_enc.T, grad_b_enc, grad_W_dec, None, None, None
         grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()  # as the centre of x alone
         return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None, None

@@ -191,6 +191,32 @@ def test_rows_are_the_transposed_product(n, k, d_sae, d, segment, dtype, monkeyp
     torch.testing.assert_close(sums, dense.sum(dim=0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("segment", [8, 128])
+def test_products_with_a_flat_table_are_their_twins(segment, monkeypatch):
+    """Rows, and bags within rows, of 0 to 40 places; entries behind the last bag have value 0."""
+    monkeypatch.setattr(codes, "SEGMENT", segment)
+    lengths = torch.tensor([0, 3, 40, 0, 1, 17, 0, 2])
+    n_entries, filler, d_sae, d = int(lengths.sum()), 5, 23, 70
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(DEVICE)
+    bag = torch.arange(8).repeat_interleave(lengths)
+    bag = torch.cat([bag, torch.zeros(filler, dtype=torch.long)]).to(DEVICE)
+    values, indices = random(n_entries + filler, 1), torch.randint(d_sae, (n_entries + filler, 1), device=DEVICE)
+    values[n_entries:] = 0
+    W, y, g = random(d_sae, d), random(8, d), random(8, d)
+    plain = [x.cpu()[:n_entries] for x in (values, indices, bag)]
+    torch.testing.assert_close(
+        codes.decode(values, indices, W, starts).cpu(), sparse.decode(*plain[:2], W.cpu(), starts.cpu())
+    )
+    made = codes.dots(g, W, indices, values, starts).cpu()
+    expected = sparse.dots(g.cpu(), W.cpu(), plain[1], plain[0], starts.cpu())
+    torch.testing.assert_close(made[:n_entries], expected, atol=1e-4, rtol=1e-5)
+    assert (made[n_entries:] == 0).all()
+    out, sums = codes.rows(values, *codes.by_latent(indices, d_sae, values), y, bag)
+    expected_out, expected_sums = sparse.rows(plain[0], *sparse.by_latent(plain[1], d_sae, plain[0]), y.cpu(), plain[2])
+    torch.testing.assert_close(out.cpu(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.cpu(), expected_sums, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize(("d_sae", "d"), [(11, 7), (5, 576), (3, 2500)])
 def test_adam_steps_as_torch_does(d_sae, d, unit):
