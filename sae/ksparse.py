@@ -18,6 +18,7 @@ from sae import sparse
 from sae.base import SAE, Config, ConfigError, Dead, Loss, State
 from sae.dense import pieces, precision, product
 from sae.losses import fvu
+from sae.parallel import Selection
 from sae.select import topk, topk_dense
 
 
@@ -78,10 +79,12 @@ def choose(
     k: int,
     dead: Dead | None,
     made: Float[Tensor, "n d_sae"] | None = None,
+    select: Selection | None = None,
 ) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
-    among `dead`. made: the pre-activations, where they are there already."""
-    parts, select, mesh = [], partial(topk, signed=sae.signed), sae.mesh
+    among `dead`. made: the pre-activations, where they are there already. select: another choice of k."""
+    select = select or partial(topk, signed=sae.signed)
+    parts, mesh = [], sae.mesh
     for pre in [made] if made is not None else pieces(x, sae.encoder.T, sae.b_enc):
         dead_z = None
         if dead is not None:
