@@ -97,7 +97,8 @@ def _alike(steppers: Sequence[Stepper], everywhere: bool) -> list[list[Stepper]]
     stacks: dict[object, list[Stepper]] = {}
     for stepper in steppers:
         shape = (stepper.sae.d_sae, stepper.matmul)
-        fits = isinstance(stepper.sae.cfg, KSparseConfig) and (everywhere or stepper.device.type == "cuda")
+        k_sparse = isinstance(stepper.sae.cfg, KSparseConfig) and stepper.sae.has_encoder_rows
+        fits = k_sparse and (everywhere or stepper.device.type == "cuda")
         stacks.setdefault(shape if fits else stepper, []).append(stepper)
     return list(stacks.values())
 
