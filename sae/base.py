@@ -38,6 +38,21 @@ class Config:
             raise ConfigError(f"d_in={self.d_in}, d_sae={self.d_sae}: expected both to be at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KConfig(Config):
+    """Of dictionaries that use at most k latents for each token."""
+
+    k: int
+    """Active latents for each token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.k <= self.d_sae:
+            raise ConfigError(
+                f"k={self.k} is out of range: expected 0 < k <= d_sae={self.d_sae}. Lower k or raise d_sae."
+            )
+
+
 class ConfigError(ValueError):
     """A combination of sizes or settings that cannot be."""
 
