@@ -126,7 +126,7 @@ def write_codes(sae: SAE, cache: CachedActivations, folder: Path, *, batch: int,
             for at in range(0, n, batch):
                 inside = slice(at, min(at + batch, n))
                 kept = mask[inside].nonzero().flatten()
-                x = rows[inside][kept].to(sae.W_enc.device, torch.float32)
+                x = rows[inside][kept].to(sae.W_dec.device, torch.float32)
                 codes.write(_codes(sae, x, (first + at + kept).numpy()))
                 bar.update(inside.stop - at)
 

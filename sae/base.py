@@ -38,6 +38,21 @@ class Config:
             raise ConfigError(f"d_in={self.d_in}, d_sae={self.d_sae}: expected both to be at least 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KConfig(Config):
+    """Of dictionaries that use at most k latents for each token."""
+
+    k: int
+    """Active latents for each token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.k <= self.d_sae:
+            raise ConfigError(
+                f"k={self.k} is out of range: expected 0 < k <= d_sae={self.d_sae}. Lower k or raise d_sae."
+            )
+
+
 class ConfigError(ValueError):
     """A combination of sizes or settings that cannot be."""
 
@@ -97,12 +112,15 @@ class SAE(nn.Module, abc.ABC):
     architecture: ClassVar[str]
     signed: ClassVar[bool] = False
     """True when latents may be negative."""
+    tied: ClassVar[bool] = False
+    """True when decoder rows are read from too: there is no W_enc."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
     unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
     """Parameters whose rows the optimiser keeps at norm 1."""
     by_latent: ClassVar[tuple[str, ...]] = ("W_enc", "W_dec", "b_enc")
-    """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each."""
+    """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each. Of W_enc and b_enc
+    those named here are made by `SAE`; an encoder of another form is the class' own."""
 
     def __init__(self, cfg: Config, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -110,10 +128,12 @@ class SAE(nn.Module, abc.ABC):
         held = mesh.part(cfg.d_sae)
         self.n_held = held.stop - held.start
         """Latents whose weights are here: all d_sae, unless the mesh has them in parts."""
-        # The encoder is laid out like the decoder in memory (a row a latent), so that both gradients are row sums.
-        self.W_enc = nn.Parameter(torch.zeros(self.n_held, cfg.d_in).T)
+        if self.has_encoder_rows:
+            # Laid out like the decoder in memory (a row a latent), so that both gradients are row sums.
+            self.W_enc = nn.Parameter(torch.zeros(self.n_held, cfg.d_in).T)
         self.W_dec = nn.Parameter(torch.zeros(self.n_held, cfg.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(self.n_held))
+        if "b_enc" in self.by_latent:
+            self.b_enc = nn.Parameter(torch.zeros(self.n_held))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         self.low: dict[str, Tensor] = {}
         """Copies of wide parameters in the precision of the products, while an optimiser keeps them current; "W_enc8"
@@ -121,6 +141,11 @@ class SAE(nn.Module, abc.ABC):
         self.metadata: dict[str, Any] = {}
         self.statistics: Statistics | None = None
         self.folder: Path | None = None
+
+    @property
+    def has_encoder_rows(self) -> bool:
+        """Whether W_enc has a row a latent, in memory, as W_dec has."""
+        return "W_enc" in self.by_latent and not self.tied
 
     @property
     def d_in(self) -> int:
@@ -181,7 +206,8 @@ class SAE(nn.Module, abc.ABC):
                 if begin < end:
                     rows = rows[begin - first : end - first]
                     self.W_dec[begin - held.start : end - held.start] = rows / rows.norm(dim=1, keepdim=True)
-            self.W_enc.copy_(self.W_dec.T)
+            if self.has_encoder_rows:
+                self.W_enc.copy_(self.W_dec.T)
             self.b_dec.copy_(x.mean(dim=0))
 
     def after_step(self, state: State) -> None:

@@ -42,6 +42,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
         with write_aside(folder / STATISTICS) as aside:
             save_file(statistics, aside)
     fields = dataclasses.asdict(sae.cfg)
+    fields |= {theirs: fields[ours] for ours, theirs in REGISTRY[sae.architecture].renamed.items()}
     write_json(
         folder / CFG,
         {
@@ -87,6 +88,7 @@ def _build(folder: Path, cfg: Any) -> SAE:
     entry = REGISTRY[name]
     if name == "jumprelu":
         cfg = {"target_l0": 1.0, **cfg}  # SAELens keeps no target in the saved form
+    cfg = {**{ours: cfg[theirs] for ours, theirs in entry.renamed.items() if theirs in cfg}, **cfg}
     try:
         fields = {f.name: cfg[f.name] for f in dataclasses.fields(entry.config) if f.name in cfg}
         config = entry.config(**fields)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae import sparse
-from sae.base import SAE, Config, ConfigError, Dead, Loss, State
+from sae.base import SAE, Dead, KConfig, Loss, State
 from sae.dense import pieces, precision, product
 from sae.losses import fvu
 from sae.parallel import Selection
@@ -23,18 +23,9 @@ from sae.select import topk, topk_dense
 
 
 @dataclass(frozen=True, kw_only=True)
-class KSparseConfig(Config):
-    k: int
-    """Active latents for each token."""
+class KSparseConfig(KConfig):
     auxk_weight: float = 1 / 32
     """Weight of the loss that revives dead latents; 0 turns it off."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.k <= self.d_sae:
-            raise ConfigError(
-                f"k={self.k} is out of range: expected 0 < k <= d_sae={self.d_sae}. Lower k or raise d_sae."
-            )
 
 
 class Codes(NamedTuple):

@@ -11,9 +11,6 @@ from sae import kernels
 from sae.base import SAE, rows_of
 from sae.dense import FLOAT8, SCALE, to_float8
 
-WIDE = ("W_enc", "W_dec")
-"""The parameters with a row a latent; `rows_of` gives them in that form."""
-
 
 class Optimizer:
     """Adam over the parameters of `sae`. betas as torch's; clip: the largest norm of the whole gradient.
@@ -26,13 +23,15 @@ class Optimizer:
         self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype, float8: bool = False
     ) -> None:
         self.sae, self.betas, self.clip = sae, betas, clip
-        self.wide = WIDE if kernels.available(sae.W_dec) else ()
+        self._parameters = dict(sae.named_parameters())
+        on_gpu = kernels.available(sae.W_dec)
+        self.wide = tuple(name for name, p in self._parameters.items() if on_gpu and p.dim() == 2)
+        """Matrices that the kernel updates; `rows_of` gives them with the rows that they have in memory."""
         device = sae.W_dec.device
         self.norm = torch.zeros((), device=device)
         """Norm of the last gradient, before clipping."""
         self._steps = torch.zeros((), device=device)
         self._lr = torch.zeros((), device=device)
-        self._parameters = dict(sae.named_parameters())
         self._mean = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         self._square = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         narrow = {name: p for name, p in self._parameters.items() if name not in self.wide}
@@ -70,10 +69,10 @@ class Optimizer:
     @torch.no_grad()
     def forget(self, latents: Tensor) -> None:
         """Set the moments of these latents to 0 (they were resampled)."""
-        for moments in (self._mean, self._square):
-            for name in WIDE:
-                rows_of(name, moments[name])[latents] = 0
-            moments["b_enc"][latents] = 0
+        for name in self._parameters:
+            if name in self.sae.by_latent:
+                for moments in (self._mean, self._square):
+                    rows_of(name, moments[name])[latents] = 0
 
     def set_lr(self, lr: float) -> None:
         self._lr.fill_(lr)

@@ -1,7 +1,7 @@
 """What a training needs before it starts: bytes, FLOPs and seconds, as pure functions of its settings.
 
 The memory is that of the fullest moment of a step: float32 weights, Adam's two moments and gradients, on a GPU beside
-low-precision copies of both wide matrices. A dictionary too large for one GPU is cut by latents: each GPU holds
+low-precision copies of the matrices. A dictionary too large for one GPU is cut by latents: each GPU holds
 d_sae / n rows of the wide matrices, sees every row of a batch, chooses among its own latents, and adds its part of
 x_hat to that of the others. Where a number was fitted and not counted, it says to what.
 """
@@ -68,23 +68,30 @@ def family(architecture: str) -> str:
 
 
 @lru_cache
-def tensors_of(architecture: str, config: Config) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers in each (parameter, buffer) of a dictionary, without making it."""
+def tensors_of(architecture: str, config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shape of each (parameter, buffer) of a dictionary, without making it."""
     with torch.device("meta"):
         sae = REGISTRY[architecture].sae(config)
-    parameters = {name: p.numel() for name, p in sae.named_parameters()}
-    buffers = {name: t.numel() for name, t in sae.state_dict().items() if name not in parameters}
+    parameters = {name: p.shape for name, p in sae.named_parameters()}
+    buffers = {name: t.shape for name, t in sae.state_dict().items() if name not in parameters}
     return parameters, buffers
 
 
 def n_parameters(settings: Training, d_in: int) -> int:
-    return sum(tensors_of(settings.architecture, settings.config(d_in))[0].values())
+    return sum(shape.numel() for shape in tensors_of(settings.architecture, settings.config(d_in))[0].values())
+
+
+def n_wide(settings: Training, d_in: int) -> int:
+    """Numbers in the matrices alone."""
+    shapes = tensors_of(settings.architecture, settings.config(d_in))[0].values()
+    return sum(shape.numel() for shape in shapes if len(shape) == 2)
 
 
 def checkpoint_bytes(settings: Training, d_in: int) -> int:
     """One checkpoint: weights, both moments of Adam, buffers, when each latent last fired. Without the header."""
     parameters, buffers = tensors_of(settings.architecture, settings.config(d_in))
-    return 12 * sum(parameters.values()) + 4 * (len(parameters) + sum(buffers.values())) + 8 * _d_sae(settings)
+    n, n_buffers = (sum(shape.numel() for shape in shapes.values()) for shapes in (parameters, buffers))
+    return 12 * n + 4 * (len(parameters) + n_buffers) + 8 * _d_sae(settings)
 
 
 def dictionary_bytes(settings: Training, d_in: int) -> int:
@@ -120,7 +127,7 @@ def memory(
             "weights": _share(4 * n, shards),
             "moments of Adam": _share(8 * n, shards),
             "running mean": _share(sum(4 * n_parameters(cell, d_in) for cell in cells if cell.ema), shards),
-            "low-precision copies": _share(sum(4 * d_in * _d_sae(cell) for cell in low), shards),
+            "low-precision copies": _share(sum(2 * n_wide(cell, d_in) for cell in low), shards),
             **{name: turns[name] + kept[name] for name in _STEP},
             "batch": _BATCH * batch * d_in,
             "rows of the cache": min(row_bytes * cached_rows, 4 << 30),

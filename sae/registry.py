@@ -1,10 +1,13 @@
 """The table of architectures: name -> class, config, and how it is trained."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
@@ -23,6 +26,8 @@ class Entry(NamedTuple):
     lr: float
     """Peak learning rate at 4,608 latents; it falls with the square root of the width."""
     betas: tuple[float, float] = (0.9, 0.999)
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Fields of the config that SAELens has under another name: cfg.json has both."""
 
 
 REGISTRY: dict[str, Entry] = {
@@ -32,4 +37,12 @@ REGISTRY: dict[str, Entry] = {
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
     "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),
+    "matching_pursuit": Entry(
+        MatchingPursuitSAE,
+        MatchingPursuitConfig,
+        "matching_pursuit",
+        sparsity="k",
+        lr=1e-3,
+        renamed={"k": "max_iterations"},
+    ),
 }

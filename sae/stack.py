@@ -97,8 +97,8 @@ def _alike(steppers: Sequence[Stepper], everywhere: bool) -> list[list[Stepper]]
     stacks: dict[object, list[Stepper]] = {}
     for stepper in steppers:
         shape = (stepper.sae.d_sae, stepper.matmul)
-        fits = isinstance(stepper.sae.cfg, KSparseConfig) and "W_enc8" not in stepper.sae.low
-        fits = fits and (everywhere or stepper.device.type == "cuda")
+        one_product = isinstance(stepper.sae.cfg, KSparseConfig) and stepper.sae.has_encoder_rows
+        fits = one_product and "W_enc8" not in stepper.sae.low and (everywhere or stepper.device.type == "cuda")
         stacks.setdefault(shape if fits else stepper, []).append(stepper)
     return list(stacks.values())
 

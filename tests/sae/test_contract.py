@@ -88,7 +88,9 @@ def test_training_lowers_the_loss_and_keeps_rows_at_norm_one(sae, x):
 
 def test_unscaling_gives_the_same_dictionary_of_unscaled_rows(sae, x):
     with torch.no_grad():
-        sae.b_enc.normal_(std=0.1)
+        for name in sae.biases:
+            bias = getattr(sae, name)
+            bias += 0.1 * torch.rand(bias.shape)
         z, x_hat = sae.encode(3.0 * x), sae.reconstruct(3.0 * x)
     sae.unscale(3.0)
     torch.testing.assert_close(sae.encode(x) * 3.0, z, atol=1e-4, rtol=1e-4)
@@ -103,7 +105,10 @@ def test_saved_and_loaded_it_is_the_same(sae, x, tmp_path):
     assert loaded.cfg == sae.cfg
     assert loaded.hook == "blocks.1.hook_resid_post"
     assert torch.equal(loaded.encode(x), sae.encode(x))
-    assert load_file(tmp_path / "d/sae_weights.safetensors")["W_enc"].shape == (D_IN, D_SAE)
+    shapes = {key: weight.shape for key, weight in load_file(tmp_path / "d/sae_weights.safetensors").items()}
+    assert shapes == {key: p.shape for key, p in sae.named_parameters()}
+    assert shapes["W_dec"] == (D_SAE, D_IN)
+    assert ("W_enc" in shapes) != sae.tied
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
