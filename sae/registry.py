@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
+from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Config
 
@@ -14,7 +17,7 @@ class Entry(NamedTuple):
     sae: type[SAE]
     config: type[Config]
     saelens: str | None
-    """SAELens' name of the same architecture, if its loader can read what we save."""
+    """SAELens' name of what we save, if its loader can read that."""
     sparsity: str
     """The config's field that `-k` sets."""
     lr: float
@@ -25,5 +28,8 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
+    "batchtopk": Entry(BatchTopKSAE, BatchTopKConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "batchabstopk": Entry(BatchAbsTopKSAE, BatchAbsTopKConfig, None, sparsity="k", lr=1e-3),
+    "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
 }
