@@ -121,6 +121,8 @@ class SAE(nn.Module, abc.ABC):
     by_latent: ClassVar[tuple[str, ...]] = ("W_enc", "W_dec", "b_enc")
     """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each. Of W_enc and b_enc
     those named here are made by `SAE`; an encoder of another form is the class' own."""
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Buffers that belong to the finished dictionary as its parameters do: they are saved with them."""
 
     def __init__(self, cfg: Config, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -154,6 +156,11 @@ class SAE(nn.Module, abc.ABC):
     @property
     def d_sae(self) -> int:
         return self.cfg.d_sae
+
+    @property
+    def saved_as(self) -> str:
+        """The architecture that cfg.json names: another where SAELens loads what is saved as that."""
+        return self.architecture
 
     @property
     def hook(self) -> str:
@@ -212,6 +219,9 @@ class SAE(nn.Module, abc.ABC):
 
     def after_step(self, state: State) -> None:
         """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""
+
+    def after_training(self) -> None:
+        """Once, before the dictionary is unscaled and saved: what an architecture puts in order. Without gradient."""
 
     @torch.no_grad()
     def unscale(self, scale: float) -> None:
