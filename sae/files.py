@@ -90,7 +90,7 @@ def _build(folder: Path, cfg: Any) -> SAE:
                 f"{folder / CFG} has {key}={json.dumps(cfg[key])}: expected {json.dumps(plain)}; fold it in first."
             )
     entry = REGISTRY[name]
-    if name == "jumprelu":
+    if entry.sparsity == "target_l0":
         cfg = {"target_l0": 1.0, **cfg}  # SAELens keeps no target in the saved form
     cfg = {**{ours: cfg[theirs] for ours, theirs in entry.renamed.items() if theirs in cfg}, **cfg}
     try:

@@ -16,7 +16,7 @@ import torch
 
 from activations.errors import InputError
 from activations.machine import Machine, memory_of
-from sae.base import Config
+from sae.base import INITIAL_ROWS, Config
 from sae.dense import AT_ONCE, CACHED
 from sae.registry import REGISTRY
 from sae.settings import Training
@@ -39,7 +39,7 @@ _SCRATCH = {"cpu": 6, "cuda": 0}
 """Bytes a parameter that come and go beside the gradients: fitted to TopK and JumpReLU steps at two widths on a CPU."""
 _ENTRY = 800
 """Bytes a row and active latent of JumpReLU's sparse form on a CPU, of all entries near their threshold: fitted."""
-_INITIAL_ROWS = 4096
+_SAMPLE_ROWS = 4096
 _PASSES = {"sparse": 2, "dense": 10}
 """How often a step reads or writes (batch, d_sae) numbers of two bytes. JumpReLU: pre written; read, z written; z read;
 its gradient written; that and pre read, pre's gradient written; both read for the weights' gradients."""
@@ -247,8 +247,9 @@ def _step_memory(settings: Training, d_in: int, kind: str, shards: int, rows: in
         wide = 3 * entry * batch * d_sae  # pre, z and the gradient
     else:
         wide = entry * at_once + int(_ENTRY * batch * settings.sizes["target_l0"])
-        # Thresholds start at quantiles of dense pre-activations: four times in float32, before there is any gradient.
-        scratch = max(scratch, 16 * _INITIAL_ROWS * d_sae - gradients - wide - 8 * n)
+        # Thresholds start at quantiles of pre-activations, made for so many latents at a time: four times in float32,
+        # before there is any gradient.
+        scratch = max(scratch, 16 * _SAMPLE_ROWS * min(d_sae, INITIAL_ROWS) - gradients - wide - 8 * n)
     return dict(zip(_STEP, (gradients, wide, dead, scratch), strict=True))
 
 

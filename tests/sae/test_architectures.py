@@ -80,7 +80,7 @@ def test_jumprelu_gradients_are_those_of_the_dense_form_by_autograd():
     sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=30, target_l0=5, bandwidth=width))
     for parameter in sae.parameters():
         parameter.data.normal_(std=0.5)
-    sae.coefficient.fill_(l0_weight * 5)
+    sae.controller.coefficient.fill_(l0_weight * 5)
     made = sae.loss(x, x, State(penalty=0.5)).total
     made.backward()
     ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
