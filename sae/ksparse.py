@@ -90,11 +90,8 @@ def loss(
 ) -> Loss:
     """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
 
-    AuxK: dead latents learn to reconstruct what the living ones left over. The k_aux strongest dead latents of each row
-    (all that equal the last of them too) are decoded without b_dec; the squared error is relative to the variance of
-    what was left over, and weighed by the share of the k_aux places that dead latents can fill. Their encoder rows get
-    gradient too. A result that is not finite counts as 0.
-    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
+    The k_aux strongest dead latents of each row (all that equal the last of them too) are what `auxk` is of. Their
+    encoder rows get gradient too.
     """
     dead = state.dead if auxk_weight else None
     x, mesh = centred(sae, x), sae.mesh
@@ -107,12 +104,23 @@ def loss(
         main = fvu(error, target, mesh)
         aux = error.new_zeros(())
         if dead is not None:
-            left_over = error.detach()  # with the other sign: what is missing, e_hat should take away
-            aux = torch.nan_to_num(fvu(left_over + mesh.sum_latents(of_dead), left_over, mesh), nan=0.0, posinf=0.0)
-            aux = aux * (dead.n / n_places(sae)).clamp(max=1.0)
+            aux = auxk(sae, error, mesh.sum_latents(of_dead), dead)
         l0 = mesh.mean_rows(mesh.sum_latents((codes.values != 0).sum() / len(x)))
     terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": l0}
     return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.n_held))
+
+
+def auxk(sae: SAE, error: Float[Tensor, "n d_out"], of_dead: Float[Tensor, "n d_out"], dead: Dead) -> Float[Tensor, ""]:
+    """AuxK: dead latents learn to reconstruct what the living ones left over.
+
+    error: x_hat - x, which gets no gradient; of_dead: what the dead latents chosen in each row decode to, without
+    b_dec. The squared error is relative to the variance of what was left over, and weighed by the share of the k_aux
+    places (`n_places`) that dead latents can fill. A result that is not finite counts as 0.
+    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
+    """
+    left_over = error.detach()  # with the other sign: what is missing, e_hat should take away
+    aux = torch.nan_to_num(fvu(left_over + of_dead, left_over, sae.mesh), nan=0.0, posinf=0.0)
+    return aux * (dead.n / n_places(sae)).clamp(max=1.0)
 
 
 class _Reconstruct(torch.autograd.Function):

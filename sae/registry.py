@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Config
@@ -31,6 +32,7 @@ REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
+    "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
     "matching_pursuit": Entry(
         MatchingPursuitSAE,
         MatchingPursuitConfig,
