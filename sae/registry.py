@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
@@ -22,7 +23,7 @@ class Entry(NamedTuple):
     sparsity: str
     """The config's field that `-k` sets."""
     lr: float
-    """Peak learning rate at 4,608 latents; it falls with the square root of the width."""
+    """Peak learning rate at 4,608 latents; it falls with the square root of the width. A `FittedSAE` has none."""
     betas: tuple[float, float] = (0.9, 0.999)
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
@@ -32,6 +33,7 @@ REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
+    "itda": Entry(ITDASAE, ITDAConfig, None, sparsity="k", lr=0.0),
     "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
     "matching_pursuit": Entry(
         MatchingPursuitSAE,
