@@ -234,6 +234,25 @@ class SAE(nn.Module, abc.ABC):
             getattr(self, name).div_(scale)
 
 
+class FittedSAE(SAE):
+    """A dictionary that is filled from rows, each seen once and in their order, and has no gradient (`sae.fit`)."""
+
+    @abc.abstractmethod
+    def is_full(self) -> bool:
+        """Whether further rows would change nothing."""
+
+    @abc.abstractmethod
+    def fit_batch(self, x: Float[Tensor, "n d_in"], labels: Int[Tensor, "n 2"]) -> dict[str, Tensor]:
+        """Learn from rows, scaled as in training; labels: document and row number of each. Returns figures to log."""
+
+    @abc.abstractmethod
+    def fitted(self) -> "FittedSAE":
+        """The dictionary once all rows were seen. Raises InputError when it came to nothing."""
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what else is known of it into `folder`, before the weights are."""
+
+
 def rows_of(name: str, tensor: Tensor) -> Tensor:
     """A parameter, or what goes with it, with a row a latent where it has latents: W_enc is laid out so in memory."""
     return tensor.T if name == "W_enc" else tensor

@@ -8,7 +8,9 @@ from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
+from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.msae import MSAE, MSAEConfig
@@ -27,7 +29,7 @@ class Entry(NamedTuple):
     sparsity: str
     """The config's field that `-k` sets."""
     lr: float
-    """Peak learning rate at 4,608 latents; it falls with the square root of the width."""
+    """Peak learning rate at 4,608 latents; it falls with the square root of the width. A `FittedSAE` has none."""
     betas: tuple[float, float] = (0.9, 0.999)
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
@@ -43,6 +45,8 @@ REGISTRY: dict[str, Entry] = {
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
     "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),
+    "itda": Entry(ITDASAE, ITDAConfig, None, sparsity="k", lr=0.0),
+    "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
     "matching_pursuit": Entry(
         MatchingPursuitSAE,
         MatchingPursuitConfig,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from activations.errors import InputError
-from sae.base import Config, ConfigError
+from sae.base import Config, ConfigError, FittedSAE
 from sae.registry import REGISTRY
 
 MATMUL = ("float32", "bfloat16", "float8")
@@ -72,6 +72,10 @@ class Training:
         for name in ("dead_tokens", "resample_every"):
             if (tokens := getattr(self, name)) is not None and tokens < 1:
                 raise InputError(f"{name}={tokens} is no number of tokens: expected at least 1.")
+        if issubclass(REGISTRY[self.architecture].sae, FittedSAE):
+            given = [name for name in ("lr", "k_from", "ema", "resample_every") if getattr(self, name)]
+            if given:
+                raise InputError(f"{self.architecture} is fitted in one pass, without gradient: leave out {given[0]}.")
         if self.k_from is not None and "k" not in self.sizes:
             raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
         if self.sparsity_warmup and "k" in self.sizes:

@@ -26,8 +26,10 @@ from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
 from activations.shuffle import START, Shuffled
 from sae import checkpoint
+from sae.base import FittedSAE
 from sae.checkpoint import Place
 from sae.files import CFG, save_sae
+from sae.fit import fit
 from sae.monitor import Bar, Monitor
 from sae.parallel import ALONE, Mesh
 from sae.plan import check_memory
@@ -124,8 +126,8 @@ def train_together(
             return left
 
         def begin() -> list[tuple[int, list[str]]]:
-            passes = list(_passes(left, folders))
-            for _, names in passes:
+            passes = list(_passes({name: plan for name, plan in left.items() if name not in fitted}, folders))
+            for _, names in [*passes, *((0, [name]) for name in fitted)]:
                 cells = [left[name] for name in names]
                 d_in = rows_at[cells[0].hook].d_in
                 for cell in cells:
@@ -138,9 +140,13 @@ def train_together(
 
         left = {name: plans[name] for name in ranks.by_leader(unfinished)}
         rows_at = ranks.together(lambda: _opened(run, left, sources or {}, mesh))
+        fitted = [name for name, plan in left.items() if issubclass(REGISTRY[plan.architecture].sae, FittedSAE)]
         passes = ranks.by_leader(begin)
         ranks.together(lambda: _check_one_folder(folders[name] for name in left))
         outcomes = {name: Outcome(folder) for name, folder in folders.items()}
+        for name in fitted:
+            source = rows_at[left[name].hook]
+            outcomes[name] = _fit(run, name, left[name], source, where, checkpoint_seconds, keep, track, mesh)
         for start, names in passes:
             together = {name: left[name] for name in names}
             source = rows_at[together[names[0]].hook]
@@ -237,6 +243,37 @@ def _train_pass(
                 logs[name].finish()
     n_tokens = (common.n_steps - start) * common.batch
     return {name: Outcome(folder, n_tokens, seconds) for name, folder in folders.items()}
+
+
+def _fit(
+    run: Run,
+    name: str,
+    plan: Training,
+    source: Activations,
+    where: torch.device,
+    checkpoint_seconds: float,
+    keep: int,
+    track: Sequence[str],
+    mesh: Mesh,
+) -> Outcome:
+    """Fit a dictionary that has no gradient, in a pass of its own."""
+    began, folder = time.monotonic(), run.dictionary(name)
+    empty = REGISTRY[plan.architecture].sae(plan.config(source.d_in), mesh).to(where)
+    assert isinstance(empty, FittedSAE)
+    sae, n_tokens = fit(
+        empty,
+        plan,
+        source,
+        _scale(source, plan.order),
+        folder,
+        _facts(plan),
+        checkpoint_seconds=checkpoint_seconds,
+        keep=keep,
+        track=track,
+    )
+    sae.metadata, (sae.statistics,) = _metadata(run, plan), latent_statistics([sae], source)
+    save_sae(sae, folder)
+    return Outcome(folder, n_tokens, time.monotonic() - began)
 
 
 def _with_matmul(settings: Training, where: torch.device) -> Training:
