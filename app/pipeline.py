@@ -26,6 +26,7 @@ from autointerp.local_server import default_model, local_server, model_alias
 from autointerp.scorers.detection import QUICK
 from data.store import open_store
 from data.store.schema import STORE_FILE
+from sae.evals.subject import Options
 from sae.evals.suite import EVAL, evaluate
 from sae.parallel import Mesh
 from sae.plan import check_memory
@@ -232,7 +233,7 @@ def demo(path: Path, *, device: str = "auto", say: Callable[[str], None] = print
     folder = train_run(path, hook=hook, d_sae=DEMO_LATENTS, k=32, tokens=DEMO_VISITS, device=device).folder
     stage("3/5 metrics, on documents that were not trained on")
     if not (folder / EVAL).exists():
-        evaluate(folder, load_model(run.meta["model"], device=device), n_contexts=48)
+        evaluate(folder, load_model(run.meta["model"], device=device), options=Options(contexts=48))
     stage("4/5 feature store")
     if not (folder / STORE_FILE).exists():
         index(folder, device=device)

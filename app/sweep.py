@@ -28,7 +28,8 @@ from app.cli.train import command as train_command
 from app.figures import pareto
 from app.recipe import Recipe, training
 from app.sweep_table import PLOT, RECORD, Cell, cells_of
-from sae.evals.reconstruction import dead_share, reconstruction
+from sae.evals.density import density
+from sae.evals.reconstruction import reconstruction
 from sae.files import CFG, load_sae
 from sae.plan import check_memory
 from sae.settings import Training, default_name
@@ -179,7 +180,7 @@ def _settings(folder: Path) -> Any:
 def _measured(run: Run, outcome: Outcome, device: str) -> dict[str, Any]:
     """An entry of sweep.json. The speed is None when the dictionary had been trained before."""
     sae = load_sae(outcome.folder, device=str(pick_device(device)))
-    metrics = {**reconstruction(sae, run.activations(sae.hook)), "dead": dead_share(sae)}
+    metrics = {**reconstruction(sae, run.activations(sae.hook)), **density(sae)}
     trained = outcome.n_tokens > 0
     return {
         "settings": _settings(outcome.folder),

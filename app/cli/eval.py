@@ -1,6 +1,7 @@
 """`sae eval`: metrics of a dictionary with their definitions."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
@@ -10,26 +11,43 @@ from app.cli.options import COUNT, device_option, json_option
 
 @click.command()
 @click.argument("address", metavar="RUN[/ID]")
+@click.option("--metric", "names", multiple=True, metavar="NAME", help="Only this, instead of the cheap ones.")
+@click.option("--against", default=None, metavar="RUN/ID", help="The dictionary to compare with.")
 @click.option("--contexts", type=COUNT, default=64, show_default=True, help="Contexts through the model for CE and KL.")
 @click.option("--model-dtype", default=None, help="Precision of the model. [default: the run's]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @device_option
 @json_option
-def command(address: str, contexts: int, model_dtype: str | None, seed: int, device: str, as_json: bool) -> None:
-    """Measure a dictionary into eval.json. Example: sae eval runs/mine"""
+def command(
+    address: str,
+    names: Sequence[str],
+    against: str | None,
+    contexts: int,
+    model_dtype: str | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure a dictionary into eval.json. Example: sae eval runs/mine --metric geometry --metric controls"""
     from activations.model import Model, load_model
     from activations.run import Run, dictionary_folder
-    from sae.evals.suite import evaluate
+    from sae.evals.subject import Options
+    from sae.evals.suite import check_names, evaluate
 
     folder = dictionary_folder(address)
+    check_names(names)
     run = Run.open(folder.parent.parent)
     model: Model | None = None
     if run.has_text:
         model = load_model(run.meta["model"], dtype=model_dtype or run.meta["model_dtype"], device=device)
-    metrics = evaluate(folder, model, n_contexts=contexts, seed=seed)
+    options = Options(seed=seed, contexts=contexts, say=lambda name: click.echo(f"{name} ...", err=True))
+    metrics = evaluate(folder, model, names=names, against=against, options=options)
     if as_json:
         click.echo(json.dumps({name: asdict(metric) for name, metric in metrics.items()}))
         return
+    wide = max(len(name) for name in metrics)
     for name, metric in metrics.items():
         interval = f" [{metric.lo:.4f}, {metric.hi:.4f}]" if metric.lo is not None else ""
-        click.echo(f"{name:16} {metric.value:9.4f}{interval:20}  {metric.definition}; n = {metric.n:,} {metric.of}")
+        click.echo(
+            f"{name:{wide}} {metric.value:10.4f}{interval:20}  {metric.definition}; n = {metric.n:,} {metric.of}"
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from app.parts.markup import code, esc, link
 from app.runs import Dictionary, RunFolder, sae
@@ -82,7 +83,13 @@ def _dictionary(dictionary: Dictionary, counts: Counts | str | None) -> str:
         name = link("features", {"run": dictionary.run, "dictionary": dictionary.name}, name)
     todo = "".join(f'<p class="todo">{esc(what)}: {code(command)}</p>' for what, command in missing(dictionary, counts))
     facts = "".join(_fact(*fact) for fact in figures(dictionary, counts))
-    return f'<article class="dict"><h3>{name}</h3><div class="facts">{facts}</div>{todo}</article>'
+    more = "".join(_group(name, each) for name, each in further(dictionary).items())
+    folded = f"<details><summary>All that was measured</summary>{more}</details>" if more else ""
+    return f'<article class="dict"><h3>{name}</h3><div class="facts">{facts}</div>{folded}{todo}</article>'
+
+
+def _group(name: str, facts: list[tuple[str, str | None, str]]) -> str:
+    return f'<h4>{esc(name)}</h4><div class="facts">{"".join(_fact(*fact) for fact in facts)}</div>'
 
 
 def _fact(name: str, value: str | None, definition: str) -> str:
@@ -92,8 +99,7 @@ def _fact(name: str, value: str | None, definition: str) -> str:
 
 def figures(dictionary: Dictionary, counts: Counts | str | None) -> list[tuple[str, str | None, str]]:
     """(name, value or None, definition) of every figure on the card."""
-    metrics = (dictionary.evaluation or {}).get("metrics")
-    measured = metrics if isinstance(metrics, dict) else {}
+    measured = _measured(dictionary)
     shown = [
         ("architecture", str(dictionary.config.get("architecture", "?")), "How latents are chosen and trained."),
         ("d_sae", _whole(dictionary.config.get("d_sae")), "Number of latents."),
@@ -107,6 +113,21 @@ def figures(dictionary: Dictionary, counts: Counts | str | None) -> list[tuple[s
             ("explained", f"{counts.explained:,}", f"Features with an explanation; {counts.scored:,} have a score.")
         )
     return shown
+
+
+def further(dictionary: Dictionary) -> dict[str, list[tuple[str, str | None, str]]]:
+    """Everything in eval.json, by the row of the suite that measured it: (name, value or None, definition)."""
+    groups: dict[str, list[tuple[str, str | None, str]]] = {}
+    for key, metric in _measured(dictionary).items():
+        if isinstance(metric, dict):
+            row = str(metric.get("row", "metrics"))
+            groups.setdefault(row, []).append((key.removeprefix(f"{row}."), *_metric(metric, ".4g")))
+    return groups
+
+
+def _measured(dictionary: Dictionary) -> dict[str, Any]:
+    metrics = (dictionary.evaluation or {}).get("metrics")
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def _whole(value: object) -> str | None:

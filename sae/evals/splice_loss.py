@@ -5,13 +5,14 @@ leads; the CE score is against mean ablation, since zero ablation breaks the mod
 near 1 (it is given too, for comparison with what others print).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -19,14 +20,22 @@ from activations.cache import CachedActivations, held_out
 from activations.model import Model
 from activations.splice import Where, replace
 from sae.base import SAE
-from sae.evals.metric import Metric
+from sae.evals.metric import Metric, bootstrap
 
 _PADDING = -1
 
 Change = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 
-@torch.inference_mode()
+class Losses(NamedTuple):
+    """What `splice_losses` found, an entry a context: cross-entropies in nats a token, KL(clean | variant)."""
+
+    clean: np.ndarray
+    ce: dict[str, np.ndarray]
+    kl: dict[str, np.ndarray]
+    n_tokens: int
+
+
 def splice_loss(
     sae: SAE, model: Model, cache: CachedActivations, *, n_contexts: int = 64, batch: int = 8, seed: int = 0
 ) -> dict[str, Metric]:
@@ -34,30 +43,64 @@ def splice_loss(
 
     n_contexts: how many contexts, drawn with `seed`, those that begin in a held-out document first.
     """
-    contexts = _contexts(cache, n_contexts, seed)
+    changes: dict[str, Change] = {"spliced": sae.reconstruct, "mean": to_mean(model, cache), "zero": torch.zeros_like}
+    losses = splice_losses(changes, model, cache, n_contexts=n_contexts, batch=batch, seed=seed)
+    return _metrics(losses, seed)
+
+
+def to_mean(model: Model, cache: CachedActivations) -> Change:
+    """Every row to the mean of the ordinary rows."""
     mean = cache.mean.to(model.device)
-    variants: dict[str, Change] = {
-        "spliced": lambda x: sae.reconstruct(x),
-        "mean": lambda x: mean.expand_as(x),
-        "zero": torch.zeros_like,
-    }
-    losses: dict[str, list[Tensor]] = {name: [] for name in ("clean", *variants, "kl")}
+    return lambda x: mean.expand_as(x)
+
+
+@torch.inference_mode()
+def splice_losses(
+    changes: Mapping[str, Change],
+    model: Model,
+    cache: CachedActivations,
+    *,
+    n_contexts: int = 64,
+    batch: int = 8,
+    seed: int = 0,
+) -> Losses:
+    """The model's losses with ordinary rows changed at the cache's hook, in each of several ways, on the same contexts.
+
+    n_contexts, seed: of `splice_loss`.
+    """
+    contexts = _contexts(cache, n_contexts, seed)
+    clean_ce: list[Tensor] = []
+    ce: dict[str, list[Tensor]] = {name: [] for name in changes}
+    kl: dict[str, list[Tensor]] = {name: [] for name in changes}
     for first in tqdm(range(0, len(contexts), batch), desc="splice", unit="batch", disable=None):
         ids = pad_sequence(contexts[first : first + batch], batch_first=True, padding_value=_PADDING).to(model.device)
         target = ids[:, 2:]
         # Padding stands on the right, where a causal model does not see it from the tokens that count.
         ids = ids.clamp(min=0)
-        clean = model(ids)[:, 1:-1].float()
-        losses["clean"].append(_ce(clean, target))
-        for name, change in variants.items():
+        clean = log_softmax(model(ids)[:, 1:-1].float(), -1)
+        clean_ce.append(_ce(clean, target))
+        for name, change in changes.items():
             with replace(model, cache.hook, _on_ordinary(change, cache.sink_threshold)):
-                changed = model(ids)[:, 1:-1].float()
-            losses[name].append(_ce(changed, target))
-            if name == "spliced":
-                kl = kl_div(log_softmax(changed, -1), log_softmax(clean, -1), reduction="none", log_target=True)
-                losses["kl"].append(_mean_of_real(kl.sum(-1), target))
-    n_predicted = sum(len(ids) - 2 for ids in contexts)
-    return _metrics({name: torch.cat(parts).numpy() for name, parts in losses.items()}, n_predicted, seed)
+                changed = log_softmax(model(ids)[:, 1:-1].float(), -1)
+            ce[name].append(_ce(changed, target))
+            divergence = kl_div(changed, clean, reduction="none", log_target=True).sum(-1)
+            kl[name].append(_mean_of_real(divergence, target))
+    return Losses(
+        clean=torch.cat(clean_ce).numpy(),
+        ce={name: torch.cat(parts).numpy() for name, parts in ce.items()},
+        kl={name: torch.cat(parts).numpy() for name, parts in kl.items()},
+        n_tokens=sum(len(ids) - 2 for ids in contexts),
+    )
+
+
+def delta_ce(losses: Losses, name: str, seed: int) -> Metric:
+    """CE with that change spliced in - CE of the clean model, with a bootstrap interval over contexts."""
+    return _metric(
+        losses,
+        "CE with the reconstruction spliced in - CE of the clean model, nats",
+        lambda drawn: float((losses.ce[name] - losses.clean)[drawn].mean()),
+        seed,
+    )
 
 
 def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Where], Tensor]:
@@ -69,9 +112,9 @@ def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Whe
     return edit
 
 
-def _ce(logits: Float[Tensor, "batch time vocab"], target: Int[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
+def _ce(log_p: Float[Tensor, "batch time vocab"], target: Int[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
     """Mean cross-entropy of each context, in nats."""
-    each = cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=_PADDING)
+    each = nll_loss(log_p.flatten(0, 1), target.flatten(), reduction="none", ignore_index=_PADDING)
     return _mean_of_real(each.view_as(target), target)
 
 
@@ -98,37 +141,47 @@ def _contexts(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, "
     return [everything[number] for number in order[:n]]
 
 
-def _metrics(losses: dict[str, np.ndarray], n_tokens: int, seed: int) -> dict[str, Metric]:
-    def metric(definition: str, value: Callable[[dict[str, np.ndarray]], float]) -> Metric:
-        """The value with a bootstrap interval over contexts."""
-        rng = np.random.default_rng(seed)
-        n = len(losses["clean"])
-        drawn = [rng.integers(n, size=n) for _ in range(1000)]
-        again = [value({name: each[pick] for name, each in losses.items()}) for pick in drawn]
-        lo, hi = np.quantile(again, [0.025, 0.975])
-        text = f"predicted tokens in {n} contexts"
-        return Metric(value=value(losses), n=n_tokens, of=text, definition=definition, lo=float(lo), hi=float(hi))
+def _metric(losses: Losses, definition: str, value: Callable[[np.ndarray], float], seed: int) -> Metric:
+    """A value of the contexts drawn, with a bootstrap interval over contexts."""
+    n = len(losses.clean)
+    lo, hi = bootstrap(n, value, seed)
+    return Metric(
+        value=value(np.arange(n)),
+        n=losses.n_tokens,
+        of=f"predicted tokens in {n} contexts",
+        definition=definition,
+        lo=lo,
+        hi=hi,
+        seed=seed,
+    )
 
-    def mean(name: str) -> Callable[[dict[str, np.ndarray]], float]:
-        return lambda each: float(each[name].mean())
 
-    def score(against: str) -> Callable[[dict[str, np.ndarray]], float]:
-        def value(each: dict[str, np.ndarray]) -> float:
-            clean, spliced, ablated = (float(each[name].mean()) for name in ("clean", "spliced", against))
+def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
+    def mean(definition: str, each: np.ndarray) -> Metric:
+        return _metric(losses, definition, lambda drawn: float(each[drawn].mean()), seed)
+
+    def score(definition: str, against: str) -> Metric:
+        def value(drawn: np.ndarray) -> float:
+            clean, spliced, ablated = (
+                float(each[drawn].mean()) for each in (losses.clean, losses.ce["spliced"], losses.ce[against])
+            )
             return (ablated - spliced) / (ablated - clean)
 
-        return value
+        return _metric(losses, definition, value, seed)
 
     return {
-        "delta_ce": metric(
-            "CE with the reconstruction spliced in - CE of the clean model, nats",
-            lambda each: float((each["spliced"] - each["clean"]).mean()),
+        "delta_ce": delta_ce(losses, "spliced", seed),
+        "kl": mean("KL(clean | spliced) of next-token distributions, nats", losses.kl["spliced"]),
+        "ce_clean": mean("cross-entropy of the clean model, nats", losses.clean),
+        "ce_spliced": mean("cross-entropy with the reconstruction spliced in, nats", losses.ce["spliced"]),
+        "ce_mean_ablated": mean("cross-entropy with every ordinary row set to the mean, nats", losses.ce["mean"]),
+        "ce_zero_ablated": mean("cross-entropy with every ordinary row set to 0, nats", losses.ce["zero"]),
+        "ce_score": score("(CE mean-ablated - CE spliced) / (CE mean-ablated - CE clean)", "mean"),
+        "ce_score_zero": score("the same against zero ablation", "zero"),
+        "kl_score": _metric(
+            losses,
+            "(KL mean-ablated - KL spliced) / KL mean-ablated",
+            lambda drawn: float(1 - losses.kl["spliced"][drawn].mean() / losses.kl["mean"][drawn].mean()),
+            seed,
         ),
-        "kl": metric("KL(clean | spliced) of next-token distributions, nats", mean("kl")),
-        "ce_clean": metric("cross-entropy of the clean model, nats", mean("clean")),
-        "ce_spliced": metric("cross-entropy with the reconstruction spliced in, nats", mean("spliced")),
-        "ce_mean_ablated": metric("cross-entropy with every ordinary row set to the mean, nats", mean("mean")),
-        "ce_zero_ablated": metric("cross-entropy with every ordinary row set to 0, nats", mean("zero")),
-        "ce_score": metric("(CE mean-ablated - CE spliced) / (CE mean-ablated - CE clean)", score("mean")),
-        "ce_score_zero": metric("the same against zero ablation", score("zero")),
     }

@@ -1,53 +1,140 @@
-"""All metrics of one dictionary into eval.json."""
+"""All metrics of one dictionary into eval.json. The table below says what there is, what each needs, and when it runs.
 
+Running one metric keeps the others' numbers.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from activations.cache import SINK_FACTOR, CachedActivations
+from activations.errors import InputError
 from activations.files import read_json, write_json
 from activations.model import Model
-from activations.run import Run, versions
-from sae.base import SAE
+from activations.run import Run, dictionary_folder, versions
+from sae.evals.baselines import baselines
+from sae.evals.cost import cost
+from sae.evals.density import density
+from sae.evals.geometry import geometry
 from sae.evals.metric import Metric
-from sae.evals.reconstruction import dead_share, reconstruction
+from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
+from sae.evals.subject import Options, Other, Subject
 from sae.files import load_sae
 
 EVAL = "eval.json"
 
 
-def evaluate(folder: Path, model: Model | None, *, n_contexts: int = 64, seed: int = 0) -> dict[str, Metric]:
-    """Measure the dictionary in `folder`, part of a run, on the run's cache and model; writes eval.json.
+class Entry(NamedTuple):
+    """A row of the table."""
 
-    model: None for a run of vectors, which has none: what needs one is left out.
-
-    Raises InputError when the run's activations are gone.
-    """
-    cache = Run.open(folder.parent.parent).activations(str(read_json(folder / "train.json")["hook"]))
-    sae = load_sae(folder, device=str(model.device if model is not None else "cpu"))
-    metrics = measure(sae, model, cache, n_contexts=n_contexts, seed=seed)
-    record = {
-        "seed": seed,
-        "versions": versions(),
-        "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-    }
-    write_json(folder / EVAL, record)
-    return metrics
+    measure: Callable[[Subject], dict[str, Metric]]
+    needs: tuple[str, ...]
+    """Beyond the weights: "cache", "model", "against" (another dictionary), "sets" (labelled texts), "senses"."""
+    cheap: bool
+    """Runs when no metric is named, where what it needs is there."""
 
 
-def measure(
-    sae: SAE, model: Model | None, cache: CachedActivations, *, n_contexts: int = 64, seed: int = 0
-) -> dict[str, Metric]:
-    """All metrics, nothing written."""
-    sinks = Metric(
+def sinks(cache: CachedActivations) -> dict[str, Metric]:
+    """The share of tokens that no other metric looks at."""
+    share = Metric(
         value=cache.sink_share,
         n=cache.n_rows,
         of="cached tokens",
         definition=f"share of tokens past position 0 with a norm over {SINK_FACTOR:g} medians; left out elsewhere",
     )
-    return {
-        **reconstruction(sae, cache),
-        "dead": dead_share(sae),
-        "sinks": sinks,
-        **(splice_loss(sae, model, cache, n_contexts=n_contexts, seed=seed) if model is not None else {}),
-    }
+    return {"sinks": share}
+
+
+def _splice(subject: Subject) -> dict[str, Metric]:
+    assert subject.model is not None
+    options = subject.options
+    return splice_loss(subject.sae, subject.model, subject.cache, n_contexts=options.contexts, seed=options.seed)
+
+
+TABLE: dict[str, Entry] = {
+    "reconstruction": Entry(lambda s: reconstruction(s.sae, s.cache), ("cache",), cheap=True),
+    "density": Entry(lambda s: density(s.sae), (), cheap=True),
+    "sinks": Entry(lambda s: sinks(s.cache), ("cache",), cheap=True),
+    "geometry": Entry(lambda s: geometry(s.sae), (), cheap=True),
+    "cost": Entry(lambda s: cost(s.sae, seed=s.options.seed), (), cheap=True),
+    "splice": Entry(_splice, ("cache", "model"), cheap=True),
+    "controls": Entry(baselines, ("cache",), cheap=False),
+}
+"""name -> how it is measured. The order is that of the output."""
+
+
+def evaluate(
+    folder: Path,
+    model: Model | None,
+    *,
+    names: Sequence[str] = (),
+    against: str | Path | None = None,
+    options: Options = Options(),  # noqa: B008  (immutable)
+) -> dict[str, Metric]:
+    """Measure the dictionary in `folder`, part of a run, on the run's cache and model; merges into its eval.json.
+
+    model: None for a run of vectors, which has none: what needs one is left out.
+    names: rows of `TABLE`; empty: those that are cheap. against: RUN/ID of the dictionary to compare with.
+
+    Raises InputError when the run's activations are gone, and for a metric that is unknown or lacks what it needs.
+    """
+    check_names(names)
+    subject = Subject(
+        sae=load_sae(folder, device=str(model.device if model is not None else "cpu")),
+        cache=_cache_of(folder),
+        model=model,
+        against=None if against is None else _other(against, model),
+        folder=folder,
+        options=options,
+    )
+    chosen = list(names) or [name for name, row in TABLE.items() if row.cheap and not lacking(subject, name)]
+    for name in chosen:
+        if what := lacking(subject, name):
+            raise InputError(f"The metric {name} needs {what}.")
+    found: dict[str, Metric] = {}
+    for name in chosen:
+        options.say(name)
+        metrics = TABLE[name].measure(subject)
+        _keep(folder / EVAL, name, metrics)
+        found |= metrics
+    return found
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises InputError for a metric that is not in the table."""
+    for name in names:
+        if name not in TABLE:
+            raise InputError(f"No metric {name!r}: expected one of {', '.join(TABLE)}.")
+
+
+def lacking(subject: Subject, name: str) -> str | None:
+    """What the metric needs and the subject has not, for a message; None when it can be measured."""
+    needs = TABLE[name].needs
+    if "model" in needs and subject.model is None:
+        return "the language model, and this run is of vectors: choose another metric"
+    if "against" in needs and subject.against is None:
+        return "a dictionary to compare with: add --against RUN/ID"
+    if "senses" in needs and not subject.options.senses:
+        return "words in their senses: give it contexts"
+    return None
+
+
+def _cache_of(folder: Path) -> CachedActivations:
+    return Run.open(folder.parent.parent).activations(str(read_json(folder / "train.json")["hook"]))
+
+
+def _other(address: str | Path, model: Model | None) -> Other:
+    folder = dictionary_folder(address)
+    device = str(model.device if model is not None else "cpu")
+    return Other(sae=load_sae(folder, device=device), cache=_cache_of(folder), name=str(address))
+
+
+def _keep(path: Path, name: str, metrics: dict[str, Metric]) -> None:
+    """Put a row's metrics into eval.json, in place of what the row gave before."""
+    record: Any = read_json(path) if path.exists() else {}
+    kept = record.get("metrics") if isinstance(record, dict) else None
+    others = {key: each for key, each in (kept or {}).items() if key not in metrics and each.get("row") != name}
+    mine = {key: {"row": name, **asdict(metric)} for key, metric in metrics.items()}
+    write_json(path, {"versions": versions(), "metrics": {**others, **mine}})

@@ -73,3 +73,27 @@ def test_figures_that_are_no_numbers_are_not_shown_as_such(tmp_path: Path):
     (dictionary,) = list_runs(tmp_path)[0].dictionaries
     shown = {name: value for name, value, _ in figures(dictionary, None)}
     assert shown["d_sae"] is shown["FVU"] is shown["L0"] is shown["dead"] is None
+
+
+def test_further_metrics_are_grouped_by_what_measured_them(tmp_path: Path):
+    from app.parts.overview import further, run_html
+
+    folder = tmp_path / "r" / "dictionaries" / "d"
+    folder.mkdir(parents=True)
+    (tmp_path / "r" / "run.json").write_text("{}")
+    (folder / "cfg.json").write_text("{}")
+    metrics = {
+        "geometry.nearest": {"row": "geometry", "value": 0.25, "lo": 0.2, "hi": 0.3, "n": 9, "definition": "<i>"},
+        "fvu": {"value": "many"},
+        "broken": 3,
+        "<b>": {"row": ["x"], "value": 1},
+    }
+    (folder / "eval.json").write_text(json.dumps({"metrics": metrics}))
+    (run,) = list_runs(tmp_path)
+    groups = further(run.dictionaries[0])
+    assert groups["geometry"] == [("nearest", "0.25", "<i>. 95 % interval 0.2 to 0.3. n = 9 .")]
+    assert groups["metrics"][0][:2] == ("fvu", None)
+    html = run_html(run, {})
+    assert "All that was measured" in html
+    assert "<b>" not in html
+    assert "<i>" not in html

@@ -65,7 +65,7 @@ def test_a_sweep_trains_what_train_trains_and_prints_a_table_a_plot_and_their_pl
     assert entry["tokens"] == 12_800
     assert entry["tokens_per_second"] > 0
     assert set(entry["metrics"]) >= {"fvu", "l0", "dead"}
-    assert entry["metrics"]["fvu"]["of"].endswith("of held-out documents")
+    assert entry["metrics"]["fvu"]["of"].endswith(" held-out documents")
     for arch in ("topk", "jumprelu"):
         for seed in (0, 1):
             options = ["--arch", arch, "-k", 4, "--d-sae", 64, "--tokens", "12.8k", "--batch", 64, "--seed", seed]

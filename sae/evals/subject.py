@@ -1,0 +1,67 @@
+"""What is measured, and with what: the one argument of every row of the suite's table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from activations.cache import CachedActivations
+from activations.model import Model
+from sae.base import SAE
+
+
+class SenseContext(NamedTuple):
+    """A sentence with a word in one of its senses."""
+
+    word: str
+    sense: str
+    context: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How much is measured; what costs little is read in full."""
+
+    seed: int = 0
+    contexts: int = 64
+    """Contexts through the model, of `splice` and `controls`."""
+    sets: int | None = None
+    """Labelled sets that are probed; None: all."""
+    set_rows: int = 1024
+    """Texts of each labelled set."""
+    sets_from: Path | None = None
+    """The folder, or the wheel, that holds the labelled sets; None: fetched."""
+    senses: Sequence[SenseContext] = ()
+    """What `polysemy` reads."""
+    say: Callable[[str], None] = field(default=lambda _: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    """A dictionary to compare with."""
+
+    sae: SAE
+    cache: CachedActivations
+    name: str
+    """RUN/ID."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A dictionary with what its run has."""
+
+    sae: SAE
+    cache: CachedActivations
+    model: Model | None = None
+    """None for a run of vectors."""
+    against: Other | None = None
+    folder: Path | None = None
+    """The dictionary's folder; None when nothing is to be kept."""
+    options: Options = Options()  # noqa: B008  (immutable)
+
+    @cached_property
+    def l0(self) -> int:
+        """Active latents a token, on average, rounded: those of the controls."""
+        assert self.sae.statistics is not None, "a dictionary without statistics"
+        return max(round(float(self.sae.statistics.density.sum())), 1)
