@@ -37,8 +37,6 @@ _BATCH = 24
 four TopK steps on H100s and four on a CPU when all that is counted here is taken away."""
 _SCRATCH = {"cpu": 6, "cuda": 0}
 """Bytes a parameter that come and go beside the gradients: fitted to TopK and JumpReLU steps at two widths on a CPU."""
-_ENTRY = 800
-"""Bytes a row and active latent of JumpReLU's sparse form on a CPU, of all entries near their threshold: fitted."""
 _SAMPLE_ROWS = 4096
 _PASSES = {"sparse": 2, "dense": 10}
 """How often a step reads or writes (batch, d_sae) numbers of two bytes. JumpReLU: pre written; read, z written; z read;
@@ -243,13 +241,9 @@ def _step_memory(settings: Training, d_in: int, kind: str, shards: int, rows: in
         wide = max(entry * at_once + 24 * batch * int(settings.sizes["k"]) - early, 0)
         m = math.ceil(DEAD * d_sae)
         dead = 2 * entry * batch * m + (4 + entry) * m * d_in
-    elif kind == "cuda":
-        wide = 3 * entry * batch * d_sae  # pre, z and the gradient
     else:
-        wide = entry * at_once + int(_ENTRY * batch * settings.sizes["target_l0"])
-        # Thresholds start at quantiles of pre-activations, made for so many latents at a time: four times in float32,
-        # before there is any gradient.
-        scratch = max(scratch, 16 * _SAMPLE_ROWS * min(d_sae, INITIAL_ROWS) - gradients - wide - 8 * n)
+        # pre, z and the gradient; a CPU makes them in several steps (fewer where few entries count: `sae.entries`).
+        wide = (3 if kind == "cuda" else 6) * entry * batch * d_sae
     return dict(zip(_STEP, (gradients, wide, dead, scratch), strict=True))
 
 

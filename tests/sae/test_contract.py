@@ -113,7 +113,8 @@ def test_saved_and_loaded_it_is_the_same(sae, x, tmp_path):
     assert loaded.hook == "blocks.1.hook_resid_post"
     assert torch.equal(loaded.encode(x), sae.encode(x))
     shapes = {key: weight.shape for key, weight in load_file(tmp_path / "d/sae_weights.safetensors").items()}
-    assert shapes == {key: p.shape for key, p in sae.named_parameters()}
+    saved = {**dict(sae.named_parameters()), **{name: getattr(sae, name) for name in sae.saved}}
+    assert shapes == {key: tensor.shape for key, tensor in saved.items()}
     assert shapes["W_dec"] == (D_SAE, D_IN)
     assert ("W_enc" in shapes) != sae.tied
 
