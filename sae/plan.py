@@ -16,7 +16,7 @@ import torch
 
 from activations.errors import InputError
 from activations.machine import Machine, memory_of
-from sae.base import INITIAL_ROWS, Config
+from sae.base import Config
 from sae.dense import AT_ONCE, CACHED
 from sae.registry import REGISTRY
 from sae.settings import Training
