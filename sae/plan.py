@@ -16,6 +16,7 @@ import torch
 
 from activations.errors import InputError
 from activations.machine import Machine, memory_of
+from sae.architectures.matching_pursuit import MatchingPursuitSAE
 from sae.base import Config
 from sae.dense import AT_ONCE, CACHED
 from sae.registry import REGISTRY
@@ -37,9 +38,8 @@ _BATCH = 24
 four TopK steps on H100s and four on a CPU when all that is counted here is taken away."""
 _SCRATCH = {"cpu": 6, "cuda": 0}
 """Bytes a parameter that come and go beside the gradients: fitted to TopK and JumpReLU steps at two widths on a CPU."""
-_SAMPLE_ROWS = 4096
-_PASSES = {"sparse": 2, "dense": 10}
-"""How often a step reads or writes (batch, d_sae) numbers of two bytes. JumpReLU: pre written; read, z written; z read;
+_PASSES = 10
+"""How often a JumpReLU step reads or writes (batch, d_sae) numbers of two bytes: pre written; read, z written; z read;
 its gradient written; that and pre read, pre's gradient written; both read for the weights' gradients."""
 _DEAD_PASSES = 10
 """The same of (batch, dead latents): fitted to one TopK step of 25 % dead latents on an H100."""
@@ -61,7 +61,10 @@ class Parts(NamedTuple):
 
 
 def family(architecture: str) -> str:
-    """ "sparse" where a row keeps k latents and only those are trained, else "dense"."""
+    """ "sparse" where a row keeps k latents and only those are trained, "pursuit" where it picks them one by one, else
+    "dense"."""
+    if architecture == MatchingPursuitSAE.architecture:
+        return "pursuit"
     return "sparse" if REGISTRY[architecture].sparsity == "k" else "dense"
 
 
@@ -174,19 +177,21 @@ def needed_gpus(cells: Sequence[Training], d_in: int, bytes_each: int) -> int:
 
 
 def step_flops(settings: Training, d_in: int, dead: float = 0.0) -> float:
-    """FLOPs of a step's wide products: five, or the encoder's alone where the rest is sparse, and four of the dead."""
-    products = 1 + 4 * dead if family(settings.architecture) == "sparse" else 5
-    return products * 2.0 * settings.batch * d_in * _d_sae(settings)
+    """FLOPs of a step's wide products: five, or the encoder's alone where the rest is sparse, and four of the dead; one
+    a pick of a pursuit."""
+    kind = family(settings.architecture)
+    products = 1 + 4 * dead if kind == "sparse" else settings.sizes["k"] if kind == "pursuit" else 5
+    return float(products) * 2.0 * settings.batch * d_in * _d_sae(settings)
 
 
 def step_bytes(settings: Training, d_in: int, dead: float = 0.0) -> dict[str, float]:
     """Bytes that a step moves through memory, by what for: the optimiser, wide activations, rows picked out."""
     n, kind = n_parameters(settings, d_in), family(settings.architecture)
-    passes = _PASSES[kind] + (_DEAD_PASSES * dead if kind == "sparse" else 0)
+    k = settings.sizes.get("k", 0)
+    passes = {"sparse": 2 + _DEAD_PASSES * dead, "pursuit": 2 * k, "dense": _PASSES}[kind]
     # Gradient written and read twice (its norm, the step); weight and two moments read and written; a copy of 2 bytes.
     moved = {"optimiser": 38.0 * n, "latents": 2.0 * passes * settings.batch * _d_sae(settings)}
-    if kind == "sparse":  # decoding, its gradient to the values, and both weight gradients
-        k = settings.sizes["k"]
+    if kind != "dense":  # decoding, its gradient to the values, and both weight gradients; or residuals each way
         moved["gathers"] = 4 * 2.0 * settings.batch * k * d_in
     return moved
 
@@ -241,6 +246,9 @@ def _step_memory(settings: Training, d_in: int, kind: str, shards: int, rows: in
         wide = max(entry * at_once + 24 * batch * int(settings.sizes["k"]) - early, 0)
         m = math.ceil(DEAD * d_sae)
         dead = 2 * entry * batch * m + (4 + entry) * m * d_in
+    elif family(settings.architecture) == "pursuit":
+        # A gradient for each pick, in float32, twice while they are summed by latent; products of some rows.
+        wide = entry * at_once + 8 * batch * int(settings.sizes["k"]) * d_in
     else:
         # pre, z and the gradient; a CPU makes them in several steps (fewer where few entries count: `sae.entries`).
         wide = (3 if kind == "cuda" else 6) * entry * batch * d_sae

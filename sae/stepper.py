@@ -126,10 +126,11 @@ class Stepper:
         ema = {f"ema.{name}": tensor for name, tensor in self._ema.items()}
         counters = {"last_fired": self._last_fired, "tokens": self._tokens}
         by_latent = {*self.sae.by_latent, "last_fired"}
+        names = {*by_latent, *dict(self.sae.named_parameters())}
         placed = {}
         for key, tensor in {**weights, **self.optimizer.tensors, **ema, **counters}.items():
-            name = next((part for part in key.split(".") if part in by_latent), "")
-            placed[key] = self.sae.mesh.placed(rows_of(name, tensor), by_latent=bool(name))
+            name = next((part for part in key.split(".") if part in names), "")
+            placed[key] = self.sae.mesh.placed(rows_of(name, tensor), by_latent=name in by_latent)
         return placed
 
     def restored(self, n_steps_done: int) -> None:
