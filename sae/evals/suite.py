@@ -18,6 +18,7 @@ from sae.evals.cost import cost
 from sae.evals.density import density
 from sae.evals.geometry import geometry
 from sae.evals.metric import Metric
+from sae.evals.probing import compared, probing
 from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
 from sae.evals.subject import Options, Other, Subject
@@ -61,6 +62,8 @@ TABLE: dict[str, Entry] = {
     "cost": Entry(lambda s: cost(s.sae, seed=s.options.seed), (), cheap=True),
     "splice": Entry(_splice, ("cache", "model"), cheap=True),
     "controls": Entry(baselines, ("cache",), cheap=False),
+    "probing": Entry(probing, ("cache", "model", "sets"), cheap=False),
+    "probing_difference": Entry(compared, ("against",), cheap=False),
 }
 """name -> how it is measured. The order is that of the output."""
 
