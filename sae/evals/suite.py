@@ -21,7 +21,9 @@ from sae.evals.metric import Metric
 from sae.evals.probing import compared, probing
 from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
+from sae.evals.stability import stability
 from sae.evals.subject import Options, Other, Subject
+from sae.evals.universality import universality
 from sae.files import load_sae
 
 EVAL = "eval.json"
@@ -48,6 +50,18 @@ def sinks(cache: CachedActivations) -> dict[str, Metric]:
     return {"sinks": share}
 
 
+def _stability(subject: Subject) -> dict[str, Metric]:
+    assert subject.against is not None
+    other = subject.against
+    return stability(subject.sae, other.sae, other.name, seed=subject.options.seed)
+
+
+def _universality(subject: Subject) -> dict[str, Metric]:
+    assert subject.against is not None
+    other, seed = subject.against, subject.options.seed
+    return universality(subject.sae, subject.cache, other.sae, other.cache, other.name, seed=seed)
+
+
 def _splice(subject: Subject) -> dict[str, Metric]:
     assert subject.model is not None
     options = subject.options
@@ -64,6 +78,8 @@ TABLE: dict[str, Entry] = {
     "controls": Entry(baselines, ("cache",), cheap=False),
     "probing": Entry(probing, ("cache", "model", "sets"), cheap=False),
     "probing_difference": Entry(compared, ("against",), cheap=False),
+    "stability": Entry(_stability, ("against",), cheap=False),
+    "universality": Entry(_universality, ("cache", "against"), cheap=False),
 }
 """name -> how it is measured. The order is that of the output."""
 
