@@ -28,7 +28,7 @@ class Options:
     """Contexts through the model, of `splice` and `controls`."""
     sets: int | None = None
     """Labelled sets that are probed; None: all."""
-    set_rows: int = 1024
+    set_rows: int = 1500
     """Texts of each labelled set."""
     sets_from: Path | None = None
     """The folder, or the wheel, that holds the labelled sets; None: fetched."""

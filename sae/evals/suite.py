@@ -18,9 +18,12 @@ from sae.evals.cost import cost
 from sae.evals.density import density
 from sae.evals.geometry import geometry
 from sae.evals.metric import Metric
+from sae.evals.probing import compared, probing
 from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
+from sae.evals.stability import stability
 from sae.evals.subject import Options, Other, Subject
+from sae.evals.universality import universality
 from sae.files import load_sae
 
 EVAL = "eval.json"
@@ -47,6 +50,18 @@ def sinks(cache: CachedActivations) -> dict[str, Metric]:
     return {"sinks": share}
 
 
+def _stability(subject: Subject) -> dict[str, Metric]:
+    assert subject.against is not None
+    other = subject.against
+    return stability(subject.sae, other.sae, other.name, seed=subject.options.seed)
+
+
+def _universality(subject: Subject) -> dict[str, Metric]:
+    assert subject.against is not None
+    other, seed = subject.against, subject.options.seed
+    return universality(subject.sae, subject.cache, other.sae, other.cache, other.name, seed=seed)
+
+
 def _splice(subject: Subject) -> dict[str, Metric]:
     assert subject.model is not None
     options = subject.options
@@ -61,6 +76,10 @@ TABLE: dict[str, Entry] = {
     "cost": Entry(lambda s: cost(s.sae, seed=s.options.seed), (), cheap=True),
     "splice": Entry(_splice, ("cache", "model"), cheap=True),
     "controls": Entry(baselines, ("cache",), cheap=False),
+    "probing": Entry(probing, ("cache", "model", "sets"), cheap=False),
+    "probing_difference": Entry(compared, ("against",), cheap=False),
+    "stability": Entry(_stability, ("against",), cheap=False),
+    "universality": Entry(_universality, ("cache", "against"), cheap=False),
 }
 """name -> how it is measured. The order is that of the output."""
 
