@@ -235,7 +235,8 @@ def build_world(config: WorldConfig) -> World:
 def frequencies(config: WorldConfig) -> Float[Tensor, " n_features"]:
     """Share of rows in which each feature is meant to fire: Zipf's law, brought to [min_prob, max_prob].
 
-    Features outside the trees fire so often exactly, children about so often.
+    Features without a parent fire so often; children at most so often, and less where siblings that exclude each other
+    would together need more rows than their parent has.
     """
     zipf = torch.arange(1, config.n_features + 1).double() ** -config.exponent
     share = (zipf - zipf[-1]) / max(float(zipf[0] - zipf[-1]), 1e-12)
@@ -296,7 +297,7 @@ def _parents(config: WorldConfig) -> Tensor:
 
 
 def _chances(wanted: Tensor, parent: Tensor, exclusive: bool) -> Tensor:
-    """What children have to be drawn with, so that they fire about as often as wanted."""
+    """What children have to be drawn with, so that they fire as often as wanted where there is room for them all."""
     child = parent >= 0
     above = torch.where(child, wanted[parent], 1.0)
     of_all = torch.zeros_like(wanted).index_add_(0, parent[child], wanted[child])[parent]
