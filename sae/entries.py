@@ -16,6 +16,9 @@ from sae.base import INITIAL_ROWS, SAE
 from sae.dense import pieces, product
 from sae.sparse import Ragged, at_places, dots_at, encoder_gradients, nonzero, row_sums, transposed
 
+SPARSE_ON = ("cpu",)
+"""Devices that work on the entries above the floor alone."""
+
 
 class Entries(NamedTuple):
     """Pre-activations of n rows, and where they are: values is (n, d_sae), or has the entries alone."""
@@ -51,7 +54,7 @@ def encode(
 ) -> Entries:
     """x W_enc + bias, of x from `sae.ksparse.centred`, with gradient to W_enc, bias and b_dec."""
     centre = sae.mesh.into_latents(sae.b_dec)
-    if x.device.type == "cpu":
+    if x.device.type in SPARSE_ON:
         values, columns, starts = _SparseEncode.apply(x, sae.W_enc, bias, centre, floor)
         return Entries(values, True, columns, starts)
     nowhere = torch.empty(0, dtype=torch.long, device=x.device)

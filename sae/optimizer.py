@@ -66,9 +66,8 @@ class Optimizer:
     def forget(self, latents: Tensor) -> None:
         """Set the moments of these latents to 0 (they were resampled)."""
         for moments in (self._mean, self._square):
-            for name in WIDE:
+            for name in self.sae.by_latent:
                 rows_of(name, moments[name])[latents] = 0
-            moments["b_enc"][latents] = 0
 
     def set_lr(self, lr: float) -> None:
         self._lr.fill_(lr)

@@ -34,8 +34,6 @@ def resample(
     alive = torch.ones(sae.n_held, dtype=torch.bool, device=x.device)
     alive[dead] = False
     norms = mesh.sum_latents((sae.W_enc.norm(dim=0) * alive).sum())
-    sae.W_dec[dead] = rows
-    sae.W_enc[:, dead] = (rows * GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)).T
-    sae.b_enc[dead] = 0
+    sae.restart(dead, rows, GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1))
     optimizer.forget(dead)
     optimizer.refresh()
