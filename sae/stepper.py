@@ -40,6 +40,7 @@ class Stepper:
         """The number of tokens seen when the latent last fired."""
         self._tokens = torch.zeros((), dtype=torch.long, device=self.device)
         self._penalty = torch.ones((), device=self.device)
+        self._progress = torch.ones((), device=self.device)
         self._dead: Dead | None = None
         self._dead_of: dict[int, Dead] = {}
         self._ema = {name: p.detach().clone() for name, p in sae.named_parameters()} if settings.ema else {}
@@ -57,6 +58,7 @@ class Stepper:
         at, settings = self.n_steps_done, self.settings
         self.optimizer.set_lr(settings.lr_at(at, self.sae.d_sae))
         self._penalty.fill_(settings.penalty_at(at))
+        self._progress.fill_((at + 1) / settings.n_steps)
         k = settings.k_at(at)
         if self._graphs_pay(len(rows)):
             self._replay(rows, k, pre)
@@ -66,7 +68,7 @@ class Stepper:
 
     def _compute(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:
         x = rows.float() * self.scale
-        state = State(k=k, penalty=self._penalty, dead=self._dead, pre=pre)
+        state = State(k=k, penalty=self._penalty, progress=self._progress, dead=self._dead, pre=pre)
         with torch.autocast(self.device.type, dtype=self.matmul, enabled=self.matmul != torch.float32):
             loss = self.sae.loss(x, x, state)
         loss.total.backward()
