@@ -103,6 +103,8 @@ class SAE(nn.Module, abc.ABC):
     """Parameters whose rows the optimiser keeps at norm 1."""
     by_latent: ClassVar[tuple[str, ...]] = ("W_enc", "W_dec", "b_enc")
     """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each."""
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Buffers that belong to the finished dictionary as its parameters do: they are saved with them."""
 
     def __init__(self, cfg: Config, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -128,6 +130,11 @@ class SAE(nn.Module, abc.ABC):
     @property
     def d_sae(self) -> int:
         return self.cfg.d_sae
+
+    @property
+    def saved_as(self) -> str:
+        """The architecture that cfg.json names: another where SAELens loads what is saved as that."""
+        return self.architecture
 
     @property
     def hook(self) -> str:
@@ -180,6 +187,9 @@ class SAE(nn.Module, abc.ABC):
 
     def after_step(self, state: State) -> None:
         """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""
+
+    def after_training(self) -> None:
+        """Once, before the dictionary is unscaled and saved: what an architecture puts in order. Without gradient."""
 
     @torch.no_grad()
     def unscale(self, scale: float) -> None:

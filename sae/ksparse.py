@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from sae import sparse
 from sae.base import SAE, Config, ConfigError, Dead, Loss, State
 from sae.dense import pieces, precision, product
-from sae.losses import fvu
+from sae.losses import fvu, tilted
 from sae.parallel import Selection
 from sae.select import topk, topk_dense
 
@@ -127,30 +127,48 @@ def loss_of(
     codes: Codes,
     dead: Dead | None,
     auxk_weight: float,
+    tilt: float = 0.0,
 ) -> Loss:
-    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen. x: `centred`."""
+    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
+
+    x: `centred`. tilt: as in `sae.losses.tilted`; the FVU among the terms is without it.
+    """
     with torch.autocast(x.device.type, enabled=False):
         x_hat, of_dead = reconstruct(sae, x, codes, dead)
         error = x_hat - target
-        main, aux = fvu(error, target, sae.mesh), auxk(sae, error, of_dead, dead)
-        l0 = sae.mesh.mean_rows(sae.mesh.sum_latents((codes.values != 0).sum() / len(x)))
-    terms = {"fvu": main.detach(), "auxk": aux.detach(), "l0": l0}
+        main, aux = fvu(tilted(error, tilt, sae.mesh), target, sae.mesh), auxk(sae, error, of_dead, dead)
+    plain = fvu(error.detach(), target, sae.mesh) if tilt else main.detach()
+    terms = {"fvu": plain, "auxk": aux.detach(), "l0": l0_of(sae, codes, len(x))}
     return Loss(main + auxk_weight * aux, terms, sparse.fired(codes.values, codes.indices, sae.n_held))
 
 
 def reconstruct(
     sae: SAE, x: Float[Tensor, "n d_in"], codes: Codes, dead: Dead | None
-) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_out"] | None]:
-    """(x_hat, what the dead latents chosen for AuxK add up to), from codes that were chosen without gradient.
+) -> tuple[Float[Tensor, "_bags d_out"], Float[Tensor, "n d_out"] | None]:
+    """(x_hat, what the dead latents chosen for AuxK add up to), as `decode`."""
+    decoded, of_dead = decode(sae, x, codes, dead)
+    return decoded + sae.b_dec, of_dead
 
-    The gradient is that of codes which are x W_enc + b_enc at the chosen places and 0 elsewhere. x: `centred`, and
-    without gradient (b_dec gets that of a centre) unless it was made with one.
+
+def decode(
+    sae: SAE, x: Float[Tensor, "n d_in"], codes: Codes, dead: Dead | None = None
+) -> tuple[Float[Tensor, "_bags d_out"], Float[Tensor, "n d_out"] | None]:
+    """(z W_dec of each row, or of each bag; the same of the dead latents chosen for AuxK) from codes that were chosen
+    without gradient.
+
+    The gradient is that of codes which are x W_enc + b_enc at the chosen places and 0 elsewhere. x: `centred`; b_dec
+    gets the gradient of a centre from here, unless x was made with a gradient of its own.
     """
     mesh = sae.mesh
     decoded, of_dead = _Reconstruct.apply(
         codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
     )
-    return mesh.sum_latents(decoded) + sae.b_dec, None if of_dead is None else mesh.sum_latents(of_dead)
+    return mesh.sum_latents(decoded), None if of_dead is None else mesh.sum_latents(of_dead)
+
+
+def l0_of(sae: SAE, codes: Codes, n: int) -> Float[Tensor, ""]:
+    """Mean number of latents that are not 0 in the n rows here and those of the other processes."""
+    return sae.mesh.mean_rows(sae.mesh.sum_latents((codes.values != 0).sum() / n))
 
 
 def auxk(

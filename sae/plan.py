@@ -89,7 +89,9 @@ def checkpoint_bytes(settings: Training, d_in: int) -> int:
 
 def dictionary_bytes(settings: Training, d_in: int) -> int:
     """The finished dictionary: weights, and density, maximum and minimum of each latent. Without the headers."""
-    return 4 * n_parameters(settings, d_in) + 12 * _d_sae(settings)
+    buffers = tensors_of(settings.architecture, settings.config(d_in))[1]
+    saved = sum(buffers[name] for name in REGISTRY[settings.architecture].sae.saved)
+    return 4 * (n_parameters(settings, d_in) + saved) + 12 * _d_sae(settings)
 
 
 def memory(

@@ -3,8 +3,11 @@
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
+from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
@@ -17,7 +20,7 @@ class Entry(NamedTuple):
     sae: type[SAE]
     config: type[Config]
     saelens: str | None
-    """SAELens' name of the same architecture, if its loader can read what we save."""
+    """SAELens' name of what we save, if its loader can read that."""
     sparsity: str
     """The config's field that `-k` sets."""
     lr: float
@@ -29,6 +32,9 @@ REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
     "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
+    "batchtopk": Entry(BatchTopKSAE, BatchTopKConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "batchabstopk": Entry(BatchAbsTopKSAE, BatchAbsTopKConfig, None, sparsity="k", lr=1e-3),
+    "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
     "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),

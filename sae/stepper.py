@@ -144,6 +144,7 @@ class Stepper:
             on_sphere = name in self.sae.unit_rows
             getattr(self.sae, name).copy_(mean / mean.norm(dim=1, keepdim=True) if on_sphere else mean)
         self.sae.low = {}
+        self.sae.after_training()
         self.sae.unscale(self.scale)
         return self.sae
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae.base import SAE, Config, ConfigError, Loss, State
-from sae.dense import pieces, product
+from sae.dense import product
 from sae.jump import jump, jump_backward
 from sae.ksparse import centred
 from sae.losses import fvu
 from sae.parallel import ALONE, Mesh
-from sae.sparse import Ragged, at_places, dots_at, encoder_gradients, nonzero, row_sums, to_table, transposed
+from sae.select import above
+from sae.sparse import Ragged, dots_at, encoder_gradients, row_sums, to_table, transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class JumpReLUSAE(SAE):
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         with torch.no_grad():
             W_enc = self.low.get("W_enc", self.W_enc)
-            return to_table(_above(centred(self, x), W_enc, self.b_enc, self.threshold), self.n_held)
+            return to_table(above(centred(self, x), W_enc, self.b_enc, self.threshold), self.n_held)
 
     def loss(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], state: State) -> Loss:
         x = centred(self, x)
@@ -150,7 +151,7 @@ class _SparseReconstruct(torch.autograd.Function):
         bandwidth: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         del low, b_dec  # kept on GPUs only; here for its gradient, as the centre of x
-        pre = _above(x, W_enc, b_enc, threshold - bandwidth / 2)
+        pre = above(x, W_enc, b_enc, threshold - bandwidth / 2)
         at = threshold.index_select(0, pre.columns)
         on = pre.values > at
         z = _kept(pre, on)
@@ -174,17 +175,6 @@ class _SparseReconstruct(torch.autograd.Function):
         grad_W_enc, grad_b_enc, grad_b_dec = encoder_gradients(grad_pre, x.float(), W_enc)
         grad_W_dec = row_sums(transposed(z, len(W_dec)), grad)
         return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
-
-
-def _above(x: Tensor, W_enc: Tensor, b_enc: Tensor, least: Tensor) -> Ragged:
-    """The entries of x W_enc + b_enc above `least` (d_sae). No gradient."""
-    values, places, first = [], [], 0
-    for pre in pieces(x, W_enc.T, b_enc):
-        found = nonzero(pre > least)
-        values.append(pre.flatten().index_select(0, found).float())
-        places.append(found + first)
-        first += pre.numel()
-    return at_places(torch.cat(places), torch.cat(values), (len(x), len(b_enc)))
 
 
 def _kept(entries: Ragged, keep: Tensor) -> Ragged:
