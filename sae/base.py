@@ -97,6 +97,8 @@ class SAE(nn.Module, abc.ABC):
     architecture: ClassVar[str]
     signed: ClassVar[bool] = False
     """True when latents may be negative."""
+    penalised: ClassVar[bool] = False
+    """True when the loss of a dictionary with a k depends on `State.penalty` all the same."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
     unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
