@@ -17,7 +17,7 @@ only children of parents that fire are drawn, which makes no difference to what 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -125,8 +125,8 @@ class World:
 
     def to(self, device: torch.device | str) -> "World":
         """The same world on another device. There, a generator of the same seed gives other rows."""
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        each = {f.name: getattr(self, f.name) for f in fields(self)}
+        return World(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()})
 
     @torch.no_grad()
     def sample(

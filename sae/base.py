@@ -116,6 +116,8 @@ class SAE(nn.Module, abc.ABC):
     """True when latents may be negative."""
     tied: ClassVar[bool] = False
     """True when decoder rows are read from too: there is no W_enc."""
+    penalised: ClassVar[bool] = False
+    """True when the loss of a dictionary with a k depends on `State.penalty` all the same."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
     unit_rows: tuple[str, ...] = ("W_dec",)

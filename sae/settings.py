@@ -78,7 +78,7 @@ class Training:
                 raise InputError(f"{self.architecture} is fitted in one pass, without gradient: leave out {given[0]}.")
         if self.k_from is not None and "k" not in self.sizes:
             raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
-        if self.sparsity_warmup and "k" in self.sizes:
+        if self.sparsity_warmup and "k" in self.sizes and not REGISTRY[self.architecture].sae.penalised:
             raise InputError(f"sparsity_warmup={self.sparsity_warmup}: {self.architecture} has no penalty; use k_from.")
 
     @property
