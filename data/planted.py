@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,8 @@ class World:
     def to(self, device: torch.device | str) -> "World":
         """The same world on another device. There, a generator of the same seed gives other rows."""
         each = {f.name: getattr(self, f.name) for f in fields(self)}
-        return World(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()})
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()}
+        return World(**moved)
 
     @torch.no_grad()
     def sample(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
+from sae.architectures.codebook import CodebookConfig, CodebookSAE
 from sae.architectures.featurechoice import FeatureChoiceConfig, FeatureChoiceSAE
 from sae.architectures.gated import GatedConfig, GatedSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
@@ -35,6 +36,8 @@ class Entry(NamedTuple):
     lr: float
     """Peak learning rate at 4,608 latents; it falls with the square root of the width. A `FittedSAE` has none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    resamplings: int = 0
+    """How often dead latents are resampled in the first half of a run that does not say."""
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
 
@@ -51,6 +54,7 @@ REGISTRY: dict[str, Entry] = {
     "mutualchoice": Entry(MutualChoiceSAE, MutualChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
     "featurechoice": Entry(FeatureChoiceSAE, FeatureChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
     "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),
+    "codebook": Entry(CodebookSAE, CodebookConfig, None, sparsity="k", lr=3e-3, resamplings=20),
     "itda": Entry(ITDASAE, ITDAConfig, None, sparsity="k", lr=0.0),
     "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
     "matching_pursuit": Entry(
