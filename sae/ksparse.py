@@ -45,15 +45,19 @@ class Codes(NamedTuple):
     """Of the dead latents, dense; 0 where not chosen."""
 
 
-def encode(sae: SAE, x: Float[Tensor, "n d_in"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k latents of each row. No gradient."""
-    codes = choose(sae, centred(sae, x), k, None)
+def encode(
+    sae: SAE, x: Float[Tensor, "n d_in"], k: int, weights: Float[Tensor, "_rows d_sae"] | None = None
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k latents of each row. No gradient. weights: as `choose`."""
+    codes = choose(sae, centred(sae, x), k, None, weights=weights)
     return codes.values, codes.indices
 
 
 @torch.no_grad()
 def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-    """x - b_dec, in the precision of the wide products."""
+    """x - b_dec (x itself, of a dictionary that does not centre it), in the precision of the wide products."""
+    if not sae.centres:
+        return x.to(precision(x))
     return torch.sub(x, sae.b_dec, out=torch.empty_like(x, dtype=precision(x)))
 
 
@@ -64,11 +68,16 @@ def choose(
     k: int,
     dead: Dead | None,
     made: Float[Tensor, "n d_sae"] | None = None,
+    weights: Float[Tensor, "_rows d_sae"] | None = None,
 ) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
-    among `dead`. made: the pre-activations, where they are there already."""
-    parts, select, mesh = [], partial(topk, signed=sae.signed), sae.mesh
+    among `dead`. made: the pre-activations, where they are there already. weights: above 0, what latents are multiplied
+    by for the choice alone, (1, d_sae) or a row each."""
+    parts, select, mesh, first = [], partial(topk, signed=sae.signed), sae.mesh, 0
     for pre in [made] if made is not None else pieces(x, sae.low.get("W_enc", sae.W_enc).T, sae.b_enc):
+        if weights is not None:
+            pre = pre * (weights if len(weights) == 1 else weights[first : first + len(pre)])
+            first += len(pre)
         dead_z = None
         if dead is not None:
             dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
@@ -77,7 +86,13 @@ def choose(
     # One exchange for the whole batch: processes wait for each other at each.
     values, indices = mesh.winners(select, values, indices, sae.n_held)
     dead_zs = [part.dead_z for part in parts if part.dead_z is not None]
-    return Codes(values, indices, mesh.among_all(_joined(dead_zs), n_places(sae)) if dead_zs else None)
+    dead_z = mesh.among_all(_joined(dead_zs), n_places(sae)) if dead_zs else None
+    if weights is not None:
+        weights = weights.expand(len(x), -1)
+        values = values / weights.gather(1, indices)
+        if dead is not None and dead_z is not None:
+            dead_z = dead_z / weights.index_select(1, dead.latents)
+    return Codes(values, indices, dead_z)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -96,8 +111,9 @@ def loss(
     state: State,
     k: int,
     auxk_weight: float,
+    weights: Float[Tensor, "_rows d_sae"] | None = None,
 ) -> Loss:
-    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
+    """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen. weights: as `choose`.
 
     AuxK: dead latents learn to reconstruct what the living ones left over. The k_aux strongest dead latents of each row
     (all that equal the last of them too) are decoded without b_dec; the squared error is relative to the variance of
@@ -106,13 +122,14 @@ def loss(
     Source: Gao et al. 2024, arXiv:2406.04093, section 2.3 and A.2.
     """
     dead = state.dead if auxk_weight else None
-    x, mesh = centred(sae, x), sae.mesh
-    codes = choose(sae, x, state.k or k, dead, state.pre)
+    rows, x, mesh = x, centred(sae, x), sae.mesh
+    codes = choose(sae, x, state.k or k, dead, state.pre, weights)
+    b_dec = mesh.into_latents(sae.b_dec) if sae.centres else None
     with torch.autocast(x.device.type, enabled=False):
         decoded, of_dead = _Reconstruct.apply(
-            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
+            codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, b_dec, sae.low, sae.signed
         )
-        error = mesh.sum_latents(decoded) + sae.b_dec - target
+        error = mesh.sum_latents(decoded) + sae.offset(rows) - target
         main = fvu(error, target, mesh)
         aux = error.new_zeros(())
         if dead is not None:
@@ -125,7 +142,7 @@ def loss(
 
 
 class _Reconstruct(torch.autograd.Function):
-    """The batch from its chosen latents, without b_dec, and what its dead ones add (None without): the latents' part.
+    """The batch from its chosen latents, without its offset, and what dead ones add (None without): the latents' part.
 
     The dense product was made without gradient; chosen entries get the gradient that they would have had, entries that
     are 0 (a ReLU's) get none. Products are in the precision of `low`, the copies of the wide matrices.
@@ -140,7 +157,7 @@ class _Reconstruct(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         W_dec: Tensor,
-        b_dec: Tensor,
+        b_dec: Tensor | None,
         low: dict[str, Tensor],
         signed: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -173,5 +190,7 @@ class _Reconstruct(torch.autograd.Function):
             grad_W_dec.index_add_(0, dead.latents, product(z.T, low.T, out=torch.float32))
             grad_W_enc.index_add_(0, dead.latents, product(grad_z.T, x.T, out=torch.float32))
             grad_b_enc.index_add_(0, dead.latents, grad_z.sum(dim=0, dtype=torch.float32))
-        grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()  # as the centre of x alone
+        grad_b_dec = None
+        if ctx.needs_input_grad[6]:  # as the centre of x alone
+            grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()
         return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None, None
