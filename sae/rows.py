@@ -5,6 +5,7 @@ Which of these there are follows from the architecture: most read one hook and g
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from activations.cache import Activations, CachedActivations, scale_of
 from activations.errors import InputError
 from activations.joined import Joined, Pooled
+from sae.base import SAE
 from sae.registry import REGISTRY
 from sae.settings import Training
 
@@ -42,6 +44,18 @@ def width_read(settings: Training, rows: Activations) -> int:
     """d_in of the dictionary that is trained on `rows`."""
     n_read = len(settings.reads) if REGISTRY[settings.architecture].sae.joint else 1
     return sum(part.d_in for part in rows.parts[:n_read])
+
+
+def parts_read(sae: SAE, rows: Activations) -> list[Activations]:
+    """The parts of `rows` that the dictionary reads."""
+    ends = accumulate(part.d_in for part in rows.parts)
+    return [part for part, end in zip(rows.parts, ends, strict=True) if end <= sae.d_in]
+
+
+def parts_given_back(sae: SAE, rows: Activations) -> list[Activations]:
+    """The parts of `rows` that the dictionary gives back, side by side in x_hat."""
+    read = parts_read(sae, rows)
+    return rows.parts[len(read) :] if sae.target == "hook" else read
 
 
 def sizes_of_hooks(architecture: str, widths: Sequence[int], target_widths: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A number with its definition: what eval.json is made of."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,3 +16,18 @@ class Metric:
     lo: float | None = None
     hi: float | None = None
     """95 % interval, where the value is an estimate."""
+
+
+def over_hooks(each: Mapping[str, Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of a dictionary that gives back several hooks, from those of each: the mean under the metric's name,
+    and each under "NAME HOOK". Those of one hook stay as they are."""
+    by_hook = list(each.values())
+    if len(by_hook) == 1:
+        return dict(by_hook[0])
+    made = {}
+    for name, first in by_hook[0].items():
+        value = mean(metrics[name].value for metrics in by_hook)
+        text = f"mean over {len(by_hook)} hooks of: {first.definition}"
+        made[name] = replace(first, value=value, definition=text, lo=None, hi=None)
+        made |= {f"{name} {hook}": metrics[name] for hook, metrics in each.items()}
+    return made

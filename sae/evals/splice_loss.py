@@ -9,64 +9,91 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from activations.cache import CachedActivations, held_out
+from activations.cache import Activations, CachedActivations, held_out
 from activations.model import Model
-from activations.splice import Where, replace
+from activations.splice import Where, read, replace
 from sae.base import SAE
-from sae.evals.metric import Metric
+from sae.evals.metric import Metric, over_hooks
+from sae.rows import parts_given_back, parts_read
 
 _PADDING = -1
-
-Change = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 
 @torch.inference_mode()
 def splice_loss(
-    sae: SAE, model: Model, cache: CachedActivations, *, n_contexts: int = 64, batch: int = 8, seed: int = 0
+    sae: SAE, model: Model, rows: Activations, *, n_contexts: int = 64, batch: int = 8, seed: int = 0
 ) -> dict[str, Metric]:
     """CE of the clean, spliced, mean-ablated and zero-ablated model, and KL(clean | spliced), per predicted token.
 
+    rows: as the dictionary was trained on (`sae.rows`). Of a dictionary that gives back several hooks, each is spliced
+    by itself, and the mean is given too; what it reads is always the clean model's.
     n_contexts: how many contexts, drawn with `seed`, those that begin in a held-out document first.
     """
-    contexts = _contexts(cache, n_contexts, seed)
-    mean = cache.mean.to(model.device)
-    variants: dict[str, Change] = {
-        "spliced": lambda x: sae.reconstruct(x),
-        "mean": lambda x: mean.expand_as(x),
-        "zero": torch.zeros_like,
+    reads, gives = ([_cached(part) for part in parts(sae, rows)] for parts in (parts_read, parts_given_back))
+    contexts = _contexts(reads[0], n_contexts, seed)
+    losses: dict[str, dict[str, list[Tensor]]] = {
+        part.hook: {name: [] for name in ("clean", *_VARIANTS, "kl")} for part in gives
     }
-    losses: dict[str, list[Tensor]] = {name: [] for name in ("clean", *variants, "kl")}
     for first in tqdm(range(0, len(contexts), batch), desc="splice", unit="batch", disable=None):
         ids = pad_sequence(contexts[first : first + batch], batch_first=True, padding_value=_PADDING).to(model.device)
         target = ids[:, 2:]
         # Padding stands on the right, where a causal model does not see it from the tokens that count.
         ids = ids.clamp(min=0)
-        clean = model(ids)[:, 1:-1].float()
-        losses["clean"].append(_ce(clean, target))
-        for name, change in variants.items():
-            with replace(model, cache.hook, _on_ordinary(change, cache.sink_threshold)):
-                changed = model(ids)[:, 1:-1].float()
-            losses[name].append(_ce(changed, target))
-            if name == "spliced":
-                kl = kl_div(log_softmax(changed, -1), log_softmax(clean, -1), reduction="none", log_target=True)
-                losses["kl"].append(_mean_of_real(kl.sum(-1), target))
+        with read(model, [part.hook for part in reads]) as got:
+            clean = model(ids)[:, 1:-1].float()
+        read_here = [got[part.hook].float() for part in reads]
+        x_hat = sae.reconstruct(torch.cat(read_here, dim=-1).flatten(0, 1)).unflatten(0, ids.shape)
+        sinks = [x.norm(dim=-1) > part.sink_threshold for x, part in zip(read_here, reads, strict=True)]
+        keep = torch.stack(sinks).any(dim=0)
+        for part, own in zip(gives, x_hat.split([part.d_in for part in gives], dim=-1), strict=True):
+            at_hook = losses[part.hook]
+            at_hook["clean"].append(_ce(clean, target))
+            for name, rows_of in _VARIANTS.items():
+                edit = _on_ordinary(rows_of(own, part), part.sink_threshold, keep)
+                with replace(model, part.hook, edit):
+                    changed = model(ids)[:, 1:-1].float()
+                at_hook[name].append(_ce(changed, target))
+                if name == "spliced":
+                    kl = kl_div(log_softmax(changed, -1), log_softmax(clean, -1), reduction="none", log_target=True)
+                    at_hook["kl"].append(_mean_of_real(kl.sum(-1), target))
     n_predicted = sum(len(ids) - 2 for ids in contexts)
-    return _metrics({name: torch.cat(parts).numpy() for name, parts in losses.items()}, n_predicted, seed)
+
+    def metrics(at_hook: dict[str, list[Tensor]]) -> dict[str, Metric]:
+        return _metrics({name: torch.cat(parts).numpy() for name, parts in at_hook.items()}, n_predicted, seed)
+
+    return over_hooks({hook: metrics(at_hook) for hook, at_hook in losses.items()})
 
 
-def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Where], Tensor]:
+def _on_ordinary(
+    new: Float[Tensor, "batch time d"], sink_threshold: float, keep: Bool[Tensor, "batch time"]
+) -> Callable[[Tensor, Where], Tensor]:
+    """The edit that puts `new` in the place of ordinary rows. keep: rows that are no ordinary ones elsewhere."""
+
     def edit(x: Tensor, where: Where) -> Tensor:
         rows = x.float()
-        keep = (where.positions <= 0) | (rows.norm(dim=-1) > sink_threshold)
-        return torch.where(keep[..., None], rows, change(rows.flatten(0, 1)).view_as(rows))
+        stay = keep | (where.positions <= 0) | (rows.norm(dim=-1) > sink_threshold)
+        return torch.where(stay[..., None], rows, new)
 
     return edit
+
+
+_VARIANTS: dict[str, Callable[[Tensor, CachedActivations], Tensor]] = {
+    "spliced": lambda x_hat, _: x_hat,
+    "mean": lambda x_hat, part: part.mean.to(x_hat.device).expand_as(x_hat),
+    "zero": lambda x_hat, _: torch.zeros_like(x_hat),
+}
+"""What takes the place of rows (batch, time, d), from the reconstruction and the cache."""
+
+
+def _cached(part: Activations) -> CachedActivations:
+    assert isinstance(part, CachedActivations), f"{part.hook} is not cached"
+    return part
 
 
 def _ce(logits: Float[Tensor, "batch time vocab"], target: Int[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
