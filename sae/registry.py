@@ -14,8 +14,10 @@ from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.msae import MSAE, MSAEConfig
+from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
 from sae.base import SAE, Config
 
 
@@ -55,4 +57,6 @@ REGISTRY: dict[str, Entry] = {
         lr=1e-3,
         renamed={"k": "max_iterations"},
     ),
+    "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
 }
