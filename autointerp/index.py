@@ -81,7 +81,7 @@ def index(
         scratch.mkdir()
         try:
             sae = load_sae(folder).to(pick_device(device))
-            cache = run.activations(sae.hook)
+            cache = run.activations(sae.only_hook("An index"))
             if cache.d_in != sae.d_in:
                 raise InputError(f"{folder} takes rows of {sae.d_in} values, but {sae.hook} has {cache.d_in} here.")
             model = load_model(run.meta["model"], dtype=run.meta["model_dtype"], device="cpu")

@@ -16,7 +16,7 @@ from torch import Tensor
 from activations.errors import InputError
 from activations.files import read_json, write_aside, write_json
 from activations.run import dictionary_folder
-from sae.base import SAE, ConfigError, Statistics, rows_of
+from sae.base import SAE, ConfigError, Statistics, fields_from, rows_of
 from sae.registry import REGISTRY
 
 WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.safetensors"
@@ -95,7 +95,7 @@ def _build(folder: Path, cfg: Any) -> SAE:
     cfg = {**{ours: cfg[theirs] for ours, theirs in entry.renamed.items() if theirs in cfg}, **cfg}
     try:
         fields = {f.name: cfg[f.name] for f in dataclasses.fields(entry.config) if f.name in cfg}
-        config = entry.config(**fields)
+        config = entry.config(**fields_from(fields))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (TypeError, ConfigError) as error:

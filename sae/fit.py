@@ -67,7 +67,7 @@ def fit(
             if figures:
                 log.line(step, int(seen), {**{name: float(v) for name, v in figures.items()}, "n_dead": 0})
             if time.monotonic() - saved > checkpoint_seconds:
-                checkpoint.save(folder, tensors, Place(step, Cursor(0, shard, 0), scale), facts)
+                checkpoint.save(folder, tensors, Place(step, Cursor(0, shard, 0), (scale,)), facts)
                 checkpoint.forget(folder, checkpoint.steps_of(folder)[:-keep])
                 saved = time.monotonic()
         made = sae.fitted()

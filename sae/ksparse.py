@@ -51,15 +51,19 @@ class Bags(NamedTuple):
     """The row of each entry."""
 
 
-def encode(sae: SAE, x: Float[Tensor, "n d_in"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k latents of each row. No gradient."""
-    codes = choose(sae, centred(sae, x), k, None)
+def encode(
+    sae: SAE, x: Float[Tensor, "n d_in"], k: int, weights: Float[Tensor, "_rows d_sae"] | None = None
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k latents of each row. No gradient. weights: as `choose`."""
+    codes = choose(sae, centred(sae, x), k, None, weights=weights)
     return codes.values, codes.indices
 
 
 @torch.no_grad()
 def centred(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-    """x - b_dec, in the precision of the wide products."""
+    """x - b_dec (x itself, of a dictionary that does not centre it), in the precision of the wide products."""
+    if not sae.centres:
+        return x.to(precision(x))
     return torch.sub(x, sae.b_dec, out=torch.empty_like(x, dtype=precision(x)))
 
 
@@ -71,12 +75,17 @@ def choose(
     dead: Dead | None,
     made: Float[Tensor, "n d_sae"] | None = None,
     select: Selection | None = None,
+    weights: Float[Tensor, "_rows d_sae"] | None = None,
 ) -> Codes:
     """The k largest latents of each row of `centred` x (of a signed dictionary: by magnitude), and the k_aux largest
-    among `dead`. made: the pre-activations, where they are there already. select: another choice of k."""
+    among `dead`. made: the pre-activations, where they are there already. select: another choice of k. weights: above
+    0, what latents are multiplied by for the choice alone, (1, d_sae) or a row each."""
     select = select or partial(topk, signed=sae.signed)
-    parts, mesh = [], sae.mesh
+    parts, mesh, first = [], sae.mesh, 0
     for pre in [made] if made is not None else pieces(x, sae.encoder.T, sae.b_enc):
+        if weights is not None:
+            pre = pre * (weights if len(weights) == 1 else weights[first : first + len(pre)])
+            first += len(pre)
         dead_z = None
         if dead is not None:
             dead_z = topk_dense(pre, min(n_places(sae), len(dead.latents)), sae.signed, dead.latents, dead.real)
@@ -85,7 +94,13 @@ def choose(
     # One exchange for the whole batch: processes wait for each other at each.
     values, indices = mesh.winners(select, values, indices, sae.n_held)
     dead_zs = [part.dead_z for part in parts if part.dead_z is not None]
-    return Codes(values, indices, mesh.among_all(_joined(dead_zs), n_places(sae)) if dead_zs else None)
+    dead_z = mesh.among_all(_joined(dead_zs), n_places(sae)) if dead_zs else None
+    if weights is not None:
+        weights = weights.expand(len(x), -1)
+        values = values / weights.gather(1, indices)
+        if dead is not None and dead_z is not None:
+            dead_z = dead_z / weights.index_select(1, dead.latents)
+    return Codes(values, indices, dead_z)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -104,11 +119,13 @@ def loss(
     state: State,
     k: int,
     auxk_weight: float,
+    weights: Float[Tensor, "_rows d_sae"] | None = None,
 ) -> Loss:
-    """`loss_of` the k largest latents of each row."""
+    """`loss_of` the k largest latents of each row. weights: as `choose`."""
     dead = state.dead if auxk_weight else None
-    x = centred(sae, x)
-    return loss_of(sae, x, target, choose(sae, x, state.k or k, dead, state.pre), dead, auxk_weight)
+    u = centred(sae, x)
+    codes = choose(sae, u, state.k or k, dead, state.pre, weights=weights)
+    return loss_of(sae, u, target, codes, dead, auxk_weight, rows=x)
 
 
 def loss_of(
@@ -119,13 +136,14 @@ def loss_of(
     dead: Dead | None,
     auxk_weight: float,
     tilt: float = 0.0,
+    rows: Float[Tensor, "n d_in"] | None = None,
 ) -> Loss:
     """FVU of the batch + auxk_weight * AuxK, with gradient only where latents were chosen.
 
-    x: `centred`. tilt: as in `sae.losses.tilted`; the FVU among the terms is without it.
+    x: `centred`. tilt: as in `sae.losses.tilted`; the FVU among the terms is without it. rows: as `reconstruct`.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x_hat, of_dead = reconstruct(sae, x, codes, dead)
+        x_hat, of_dead = reconstruct(sae, x, codes, dead, rows)
         error = x_hat - target
         main, aux = fvu(tilted(error, tilt, sae.mesh), target, sae.mesh), auxk(sae, error, of_dead, dead)
     plain = fvu(error.detach(), target, sae.mesh) if tilt else main.detach()
@@ -134,11 +152,16 @@ def loss_of(
 
 
 def reconstruct(
-    sae: SAE, x: Float[Tensor, "n d_in"], codes: Codes, dead: Dead | None
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    codes: Codes,
+    dead: Dead | None,
+    rows: Float[Tensor, "n d_in"] | None = None,
 ) -> tuple[Float[Tensor, "_bags d_out"], Float[Tensor, "n d_out"] | None]:
-    """(x_hat, what the dead latents chosen for AuxK add up to), as `decode`."""
+    """(x_hat, what the dead latents chosen for AuxK add up to), as `decode`. rows: x before it was `centred`, of a
+    dictionary with an `offset` of it."""
     decoded, of_dead = decode(sae, x, codes, dead)
-    return decoded + sae.b_dec, of_dead
+    return decoded + sae.offset(rows), of_dead
 
 
 def decode(
@@ -151,9 +174,8 @@ def decode(
     gets the gradient of a centre from here, unless x was made with a gradient of its own.
     """
     mesh = sae.mesh
-    decoded, of_dead = _Reconstruct.apply(
-        codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, mesh.into_latents(sae.b_dec), sae.low, sae.signed
-    )
+    b_dec = mesh.into_latents(sae.b_dec) if sae.centres else None
+    decoded, of_dead = _Reconstruct.apply(codes, dead, x, sae.W_enc, sae.b_enc, sae.W_dec, b_dec, sae.low, sae.signed)
     return mesh.sum_latents(decoded), None if of_dead is None else mesh.sum_latents(of_dead)
 
 
@@ -180,7 +202,7 @@ def auxk(
 
 
 class _Reconstruct(torch.autograd.Function):
-    """The batch from its chosen latents, without b_dec, and what its dead ones add (None without): the latents' part.
+    """The batch from its chosen latents, without its offset, and what dead ones add (None without): the latents' part.
 
     The dense product was made without gradient; chosen entries get the gradient that they would have had, entries that
     are 0 (a ReLU's) get none. Products are in the precision of `low`, the copies of the wide matrices.
@@ -195,7 +217,7 @@ class _Reconstruct(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         W_dec: Tensor,
-        b_dec: Tensor,
+        b_dec: Tensor | None,
         low: dict[str, Tensor],
         signed: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -237,5 +259,7 @@ class _Reconstruct(torch.autograd.Function):
                 grad_x += product(grad_z, W_enc[:, dead.latents])
         if grad_x is not None:
             return None, None, grad_x.to(x.dtype), grad_W_enc.T, grad_b_enc, grad_W_dec, None, None, None
-        grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()  # as the centre of x alone
+        grad_b_dec = None
+        if ctx.needs_input_grad[6]:  # as the centre of x alone
+            grad_b_dec = -(W_enc @ grad_b_enc.to(W_enc.dtype)).float()
         return None, None, None, grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, None, None

@@ -18,9 +18,11 @@ from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPu
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.mutualchoice import MutualChoiceConfig, MutualChoiceSAE
+from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.standard import StandardConfig, StandardSAE
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
 from sae.base import SAE, Config
 
 
@@ -67,4 +69,6 @@ REGISTRY: dict[str, Entry] = {
     ),
     "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
     "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
 }

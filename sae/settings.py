@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from activations.errors import InputError
-from sae.base import Config, ConfigError, FittedSAE
+from sae.base import Config, ConfigError, FittedSAE, fields_from
 from sae.registry import REGISTRY
 
 MATMUL = ("float32", "bfloat16", "float8")
@@ -19,6 +19,12 @@ class Training:
     hook: str
     sizes: dict[str, Any]
     """Fields of the architecture's config but d_in."""
+    hooks: tuple[str, ...] = ()
+    """All hooks that are read, where they are several, `hook` the first; () for `hook` alone."""
+    target_hooks: tuple[str, ...] = ()
+    """The hooks that are predicted, by dictionaries that do not give back what they read."""
+    base: str | None = None
+    """Of a boost: the ID, in the same run, of the frozen dictionary whose error it learns."""
     n_tokens: int
     """Rows visited; more than the cache holds means several epochs."""
     batch: int = 2048
@@ -63,6 +69,7 @@ class Training:
             raise InputError(f"{self.n_tokens} tokens make no batch of {self.batch}: raise --tokens or lower --batch.")
         if self.matmul not in (None, *MATMUL):
             raise InputError(f"matmul={self.matmul!r} is unknown: expected one of {', '.join(MATMUL)}.")
+        self._check_hooks()
         for name in ("warmup", "decay", "k_anneal", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} is no share of the run: expected 0 to 1.")
@@ -82,6 +89,35 @@ class Training:
         if self.sparsity_warmup and "k" in self.sizes and not REGISTRY[self.architecture].sae.penalised:
             raise InputError(f"sparsity_warmup={self.sparsity_warmup}: {self.architecture} has no penalty; use k_from.")
 
+    def _check_hooks(self) -> None:
+        kind, name = REGISTRY[self.architecture].sae, self.architecture
+        if self.hooks and (self.hooks[0] != self.hook or len({*self.hooks}) < max(len(self.hooks), 2)):
+            raise InputError(f"hooks={self.hooks}: expected several hooks, each once, and {self.hook} first.")
+        if (kind.target == "hook") != bool(self.target_hooks):
+            takes = "predicts other hooks: name them with" if kind.target == "hook" else "gives back what it reads: no"
+            raise InputError(f"{name} {takes} --target-hook.")
+        if (kind.target == "error") != (self.base is not None):
+            takes = "learns what a dictionary left over: name it with" if kind.target == "error" else "has no"
+            raise InputError(f"{name} {takes} --base.")
+        if self.hooks and not kind.joint and (kind.target != "x" or issubclass(kind, FittedSAE)):
+            raise InputError(f"{name} reads one hook, not {len(self.hooks)}.")
+        if self.hooks and self.order == "stream":
+            raise InputError("Several hooks are read from complete caches: leave out --live.")
+        if self.resample_every is not None and not kind.centres:
+            raise InputError(f"resample_every={self.resample_every}: {name} has none; its AuxK revives latents.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The hooks that are read."""
+        return self.hooks or (self.hook,)
+
+    @property
+    def rows(self) -> str:
+        """What its training rows are made of; dictionaries with the same rows are trained in one pass."""
+        kind = REGISTRY[self.architecture].sae
+        reads = (" + " if kind.joint else " | ").join(self.reads)
+        return " > ".join([reads, *self.target_hooks]) + (" gradient" if kind.weighs_gradient else "")
+
     @property
     def n_steps(self) -> int:
         return self.n_tokens // self.batch
@@ -99,7 +135,7 @@ class Training:
     def config(self, d_in: int) -> Config:
         """The architecture's config. Raises InputError for sizes that cannot be."""
         try:
-            config = REGISTRY[self.architecture].config(d_in=d_in, **self.sizes)
+            config = REGISTRY[self.architecture].config(d_in=d_in, **fields_from(self.sizes))
         except (TypeError, ConfigError) as error:
             raise InputError(f"{self.architecture}: {error}") from None
         if self.k_from is not None and not self.sizes["k"] <= self.k_from <= config.d_sae:
@@ -137,6 +173,11 @@ class Training:
 
 
 def default_name(settings: Training) -> str:
-    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none."""
+    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none.
+
+    HOOK+N stands for N hooks after the first, HOOK-to-TARGET for a prediction.
+    """
     sparsity = settings.sizes[REGISTRY[settings.architecture].sparsity]
-    return f"{settings.hook}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"
+    more = f"+{len(settings.reads) - 1}" if settings.hooks else ""
+    more += f"-to-{settings.target_hooks[0]}" if settings.target_hooks else ""
+    return f"{settings.hook}{more}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"

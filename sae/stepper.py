@@ -6,9 +6,11 @@ Nothing here waits for the device but `recount`, `figures` and `resample`, which
 from collections import Counter
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.base import SAE, Dead, State, rows_of
+from sae.frozen import FrozenBase
 from sae.optimizer import Optimizer
 from sae.registry import REGISTRY
 from sae.resample import resample
@@ -22,11 +24,17 @@ annealed quickly is over before."""
 
 
 class Stepper:
-    """Trains `sae` (on its device) by `settings`. scale: what rows are multiplied by."""
+    """Trains `sae` (on its device) by `settings`, on rows as `sae.rows` makes them.
 
-    def __init__(self, sae: SAE, settings: Training, scale: float) -> None:
+    scale: what rows, or each of their columns, are multiplied by. base: of a boost.
+    """
+
+    def __init__(
+        self, sae: SAE, settings: Training, scale: float | Float[Tensor, " columns"], base: FrozenBase | None = None
+    ) -> None:
         assert settings.matmul is not None
-        self.sae, self.settings, self.scale = sae, settings, scale
+        self.sae, self.settings, self.base = sae, settings, base
+        self.scale = scale if isinstance(scale, float) else scale.to(sae.W_dec.device)
         float8 = settings.matmul == "float8"
         self.matmul: torch.dtype = torch.bfloat16 if float8 else getattr(torch, settings.matmul)
         self.device = sae.W_dec.device
@@ -50,7 +58,7 @@ class Stepper:
         self._rows: Tensor | None = None
 
     def step(self, rows: Tensor, pre: Tensor | None = None) -> None:
-        """One optimisation step on rows (n, d_in) as the hook gives them, on the device.
+        """One optimisation step on rows (n, columns) as the hooks give them, on the device.
 
         pre: their pre-activations (n, d_sae), if they were made already; on a GPU at each step in the same memory, so
         that a graph finds them.
@@ -67,10 +75,10 @@ class Stepper:
         self.n_steps_done += 1
 
     def _compute(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:
-        x = rows.float() * self.scale
-        state = State(k=k, penalty=self._penalty, progress=self._progress, dead=self._dead, pre=pre)
+        x, target, gradient = self._parts_of(rows.float() * self.scale)
+        state = State(k=k, penalty=self._penalty, progress=self._progress, dead=self._dead, pre=pre, gradient=gradient)
         with torch.autocast(self.device.type, dtype=self.matmul, enabled=self.matmul != torch.float32):
-            loss = self.sae.loss(x, x, state)
+            loss = self.sae.loss(x, target, state)
         loss.total.backward()
         self.optimizer.step()
         self.sae.after_step(state)
@@ -79,6 +87,15 @@ class Stepper:
         for name, mean in self._ema.items():
             mean.lerp_(getattr(self.sae, name).detach(), 1 - self.settings.ema)
         self.terms = {"loss": loss.total.detach(), **loss.terms, "grad_norm": self.optimizer.norm}
+
+    def _parts_of(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, target and gradient."""
+        x = row[:, : self.sae.d_in]
+        gradient = row[:, -self.sae.d_in :] if self.sae.weighs_gradient else None
+        if self.base is not None:
+            return x, self.base.error(x), gradient
+        target = row[:, self.sae.d_in : self.sae.d_in + self.sae.d_out] if self.sae.target == "hook" else x
+        return x, target, gradient
 
     def recount(self) -> None:
         """Count the dead latents. What a step sees of them changes only here."""
@@ -121,7 +138,7 @@ class Stepper:
         if self._dead is not None:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.n_steps_done)
             dead = self._dead.latents[self._dead.real]  # of the latents held here, perhaps none
-            resample(self.sae, self.optimizer, dead, rows.float() * self.scale, generator)
+            resample(self.sae, self.optimizer, dead, self._parts_of(rows.float() * self.scale)[0], generator)
             self._last_fired[dead] = self._tokens
             self.recount()
 
@@ -153,11 +170,21 @@ class Stepper:
             getattr(self.sae, name).copy_(mean / mean.norm(dim=1, keepdim=True) if on_sphere else mean)
         self.sae.low = {}
         self.sae.after_training()
-        self.sae.unscale(self.scale)
+        d_in, d_out = self.sae.d_in, self.sae.d_out
+        if self.base is not None:
+            reads = torch.full((d_in,), float(self.scale), device=self.device)
+            self.sae.unscale_columns(reads, reads * self.base.factor)
+        elif isinstance(self.scale, float):
+            self.sae.unscale(self.scale)
+        elif self.sae.weighs_gradient:
+            self.sae.unscale(float(self.scale[0]))
+        else:
+            reads = self.scale[:d_in]
+            self.sae.unscale_columns(reads, self.scale[d_in : d_in + d_out] if self.sae.target == "hook" else reads)
         return self.sae
 
     def _graphs_pay(self, n: int) -> bool:
-        small = n * self.sae.n_held <= GRAPH_BELOW and self.sae.mesh.ranks.world == 1
+        small = n * self.sae.n_held <= GRAPH_BELOW and self.sae.mesh.ranks.world == 1 and self.base is None
         return self.device.type == "cuda" and small
 
     def _replay(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """A tiny random language model and a tiny run folder of planted activations: fast, and known in every number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,25 +40,35 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="w0")), pad_token="w0")
 
 
-def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False) -> None:
-    """Put rows and their tokens into a run as its cache at HOOK, the way a capture does."""
+def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False, hook: str = HOOK) -> None:
+    """Put rows and their tokens into a run as its cache at `hook`, the way a capture does."""
     folder = run.path / "activations"
     tokens, parts = Shards(folder / "tokens"), []
     for i, (columns, rows) in enumerate(shards):
         tokens.write(i, to_disk(columns))
-        parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {HOOK: rows}))
+        parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {hook: rows}))
     tokens.finish(len(shards))
     first = shards[0][1]
     dtype = str(first.dtype).removeprefix("torch.")
-    facts = {"hook": HOOK, "dtype": dtype, "gradients": False, "d_in": first.shape[1], "heads": None}
+    facts = {"hook": hook, "dtype": dtype, "gradients": False, "d_in": first.shape[1], "heads": None}
     n_tokens = sum(len(rows) for _, rows in shards)
-    caches = {HOOK: Shards(folder / HOOK)}
-    write_rows(caches, parts, {HOOK: facts}, n_tokens=n_tokens, skip_first=True, find_sinks=find_sinks)
+    caches = {hook: Shards(folder / hook)}
+    write_rows(caches, parts, {hook: facts}, n_tokens=n_tokens, skip_first=True, find_sinks=find_sinks)
 
 
-def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int = 512, n_docs: int = 40) -> Run:
-    """A run whose cache holds `rows` at HOOK: no sinks, contexts of 16, documents spread evenly."""
-    n = len(rows) // context * context
+def planted_run(
+    path: Path,
+    rows: Tensor | Mapping[str, Tensor],
+    *,
+    context: int = 16,
+    per_shard: int = 512,
+    n_docs: int = 40,
+    first_id: int = 0,
+) -> Run:
+    """A run whose cache holds `rows` at HOOK, or at each of several hooks: no sinks, contexts of 16, documents spread
+    evenly, token ids counted from `first_id`."""
+    at_hooks = {HOOK: rows} if isinstance(rows, Tensor) else rows
+    n = len(next(iter(at_hooks.values()))) // context * context
     run = Run.create(
         path,
         model="none",
@@ -70,9 +80,10 @@ def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int =
         n_tokens=n,
     )
     row = torch.arange(n, dtype=torch.int32)
-    whole = Tokens(ids=row % 101, docs=row // context % n_docs, positions=row % context)
+    whole = Tokens(ids=(row + first_id) % 101, docs=row // context % n_docs, positions=row % context)
     parts = [slice(at, min(at + per_shard, n)) for at in range(0, n, per_shard)]
-    plant(run, [(Tokens(*(x[part] for x in whole[:3])), rows[part]) for part in parts])
+    for hook, here in at_hooks.items():
+        plant(run, [(Tokens(*(x[part] for x in whole[:3])), here[part]) for part in parts], hook=hook)
     return run
 
 

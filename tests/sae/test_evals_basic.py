@@ -1,5 +1,7 @@
 """Metrics of weights and cached rows equal what was worked out by hand; controls are what they say."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from sae.evals.reconstruction import reconstruction
 from sae.evals.subject import Options, Subject
 from sae.evals.suite import TABLE, evaluate
 from sae.files import save_sae
+from sae.settings import Training
 from sae.statistics import latent_statistics
 from tests.tiny import HOOK, planted_rows, planted_run
 
@@ -146,7 +149,8 @@ def folder(run, cache):
     sae.statistics = latent_statistics([sae], cache)[0]
     sae.metadata = {"hook_name": HOOK}
     save_sae(sae, run.dictionary("one"))
-    write_json(run.dictionary("one") / "train.json", {"hook": HOOK})
+    settings = Training(architecture="topk", hook=HOOK, sizes={"d_sae": sae.d_sae, "k": 1}, n_tokens=4096)
+    write_json(run.dictionary("one") / "train.json", asdict(settings))
     return run.dictionary("one")
 
 
