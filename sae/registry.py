@@ -3,7 +3,12 @@
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.boost import BoostConfig, BoostSAE
+from sae.architectures.clt import CLT, CLTConfig
+from sae.architectures.crosscoder import CrosscoderConfig, CrosscoderSAE
+from sae.architectures.gsae import GSAE, GSAEConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.mlsae import MLSAE, MLSAEConfig
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
@@ -30,4 +35,9 @@ REGISTRY: dict[str, Entry] = {
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "crosscoder": Entry(CrosscoderSAE, CrosscoderConfig, None, sparsity="k", lr=1e-3),
+    "mlsae": Entry(MLSAE, MLSAEConfig, None, sparsity="k", lr=1e-3),
+    "boost": Entry(BoostSAE, BoostConfig, None, sparsity="k", lr=1e-3),
+    "gsae": Entry(GSAE, GSAEConfig, None, sparsity="k", lr=1e-3),
+    "clt": Entry(CLT, CLTConfig, None, sparsity="k", lr=1e-3),
 }
