@@ -142,7 +142,7 @@ def _metrics(losses: dict[str, np.ndarray], n_tokens: int, seed: int) -> dict[st
     def score(against: str) -> Callable[[dict[str, np.ndarray]], float]:
         def value(each: dict[str, np.ndarray]) -> float:
             clean, spliced, ablated = (float(each[name].mean()) for name in ("clean", "spliced", against))
-            return (ablated - spliced) / (ablated - clean)
+            return (ablated - spliced) / (ablated - clean) if ablated != clean else 0.0  # there is nothing to win
 
         return value
 
