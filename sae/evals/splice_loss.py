@@ -185,7 +185,7 @@ def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
             clean, spliced, ablated = (
                 float(each[drawn].mean()) for each in (losses.clean, losses.ce["spliced"], losses.ce[against])
             )
-            return (ablated - spliced) / (ablated - clean)
+            return (ablated - spliced) / (ablated - clean) if ablated != clean else 0.0  # there is nothing to win
 
         return _metric(losses, definition, value, seed)
 
