@@ -64,7 +64,7 @@ class FeatureChoiceSAE(BatchwiseSAE):
         """The codes of a batch, and who is dying. Moves the thresholds and the frequencies."""
         n, m = len(u), self.d_sae
         total = min(round((state.k or self.cfg.k) * n), n * m)
-        pre = product(u, self.low.get("W_enc", self.W_enc).T, self.b_enc)
+        pre = product(u, self.encoder.T, self.b_enc)
         dying = zipf.dying(self.frequency)
         dead_z = topk_dense(pre, min(ksparse.n_places(self), len(dying.latents)), False, dying.latents, dying.real)
         # A row a latent from here on.
