@@ -1,114 +1,14 @@
-"""What `sae train` takes and what a training is made of cannot drift apart."""
+"""Options of a training become settings that its architecture can have."""
 
-import dataclasses
-import json
-from pathlib import Path
-
-import click
 import pytest
-from click.testing import CliRunner
 
 from activations.errors import InputError
-from app.cli.train import command
-from app.pipeline import train_run
-from app.recipe import EXPANSION, TOKENS, K, Recipe, recipe_of, training
-from sae.settings import Training
-from tests.tiny import HOOK, planted_rows, planted_run
-
-OTHER: Recipe = {
-    "arch": "abstopk",
-    "hook": HOOK,
-    "d_sae": 48,
-    "k": 3,
-    "tokens": 6400,
-    "roles": ("user",),
-    "live": True,
-    "dead_after": 77,
-    "batch": 32,
-    "lr": 2e-3,
-    "seed": 5,
-    "order_seed": 6,
-    "warmup": 0.0,
-    "decay": 0.3,
-    "clip": 2.0,
-    "k_from": 9,
-    "k_anneal": 0.4,
-    "ema": 0.5,
-    "resample_every": 640,
-    "matmul": "float32",
-}
-"""Every option with another value than its default; abstopk has no penalty to warm up, and --d-sae is --expansion."""
+from app.recipe import training
 
 
-@pytest.fixture
-def path(tmp_path) -> Path:
-    return planted_run(tmp_path / "run", planted_rows(4000, 16, 20, 3, signed=False)[0]).path
-
-
-def test_the_options_of_the_command_are_the_recipe_and_what_surrounds_it():
-    around = {"run", "name", "track", "keep", "resume", "overwrite", "gpus", "data_parallel", "device", "as_json"}
-    assert {parameter.name for parameter in command.params} == around | set(Recipe.__annotations__)
-
-
-def test_every_setting_follows_from_an_option_and_back():
-    plain = training({}, hook="x", d_in=16)
-    made = training(OTHER, hook=HOOK, d_in=16)
-    same = {f.name for f in dataclasses.fields(Training) if getattr(plain, f.name) == getattr(made, f.name)}
-    assert same == {"sparsity_warmup"}
-    assert recipe_of(made) == OTHER | {"sparsity_warmup": 0.0}
-    assert training({"arch": "jumprelu", "sparsity_warmup": 0.2}, hook="x", d_in=16).sparsity_warmup == 0.2
-
-
-def test_the_defaults_in_the_help_are_those_that_are_taken():
-    taken = {field.name: field.default for field in dataclasses.fields(Training)}
-    taken |= {"arch": "topk", "expansion": EXPANSION, "k": K}
-    for option in command.params:
-        if isinstance(option, click.Option) and option.name in taken and taken[option.name] is not None:
-            assert option.show_default == str(taken[option.name]) or option.name in ("hook", "roles"), option.name
-    assert TOKENS == 10_000_000
-
-
-def given(**changes: object) -> list[str]:
-    recipe = {"--d-sae": 48, "-k": 3, "--tokens": 6400, "--batch": 64, "--warmup": 0, **changes}
-    return [str(word) for pair in recipe.items() for word in pair]
-
-
-def run_command(path: Path, *words: str) -> dict[str, object]:
-    result = CliRunner().invoke(command, [str(path), "--json", *words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def test_a_zero_is_an_option_that_was_given(path):
-    run_command(path, "--name", "a", *given())
-    assert json.loads((path / "dictionaries/a/train.json").read_text())["warmup"] == 0
-
-
-def test_resume_takes_the_settings_that_the_dictionary_was_begun_with(path):
-    run_command(path, "--name", "a", *given())
-    (path / "dictionaries/a/cfg.json").unlink()
-    weights = (path / "dictionaries/a/sae_weights.safetensors").read_bytes()
-    assert not run_command(path, "--name", "a", "--resume")["finished_before"]
-    assert (path / "dictionaries/a/sae_weights.safetensors").read_bytes() == weights
-    run_command(path, "--name", "a", "--resume", *given())
-    with pytest.raises(InputError, match=r"was begun with batch=64, not 32: use the same"):
-        train_run(path, name="a", resume=True, batch=32)
-    with pytest.raises(InputError, match="was begun with sizes="):
-        train_run(path, name="a", resume=True, expansion=5)
-
-
-def test_resume_begins_what_was_not_begun(path):
-    assert run_command(path, "--name", "new", "--resume", *given())["l0"] == pytest.approx(3, abs=0.1)
-
-
-def test_what_the_sizes_have_beyond_the_options_stays_on_resume(path):
-    from activations.run import Run
-    from sae.train import train
-
-    sizes = {"d_sae": 48, "k": 3, "auxk_weight": 0.0}
-    folder = train(
-        Run.open(path), Training(architecture="topk", hook=HOOK, sizes=sizes, n_tokens=6400, batch=64), name="a"
-    )
-    (folder / "cfg.json").unlink()
-    train_run(path, name="a", resume=True)
-    assert json.loads((folder / "cfg.json").read_text())["auxk_weight"] == 0
+def test_k_may_be_a_fraction_where_a_batch_shares_it_and_nowhere_else():
+    made = training({"arch": "batchtopk", "k": 6.5, "d_sae": 64}, hook="h", d_in=16)
+    assert made.sizes["k"] == 6.5
+    assert training({"arch": "topk", "k": 6.0, "d_sae": 64}, hook="h", d_in=16).sizes["k"] == 6
+    with pytest.raises(InputError, match=r"k=6.5 is no whole number: topk keeps exactly k latents a token\."):
+        training({"arch": "topk", "k": 6.5, "d_sae": 64}, hook="h", d_in=16)
