@@ -14,6 +14,7 @@ before it. With --data-parallel each part of the rows shares out its own n * k.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -69,10 +70,10 @@ class FeatureChoiceSAE(BatchwiseSAE):
         dead_z = topk_dense(pre, min(ksparse.n_places(self), len(dying.latents)), False, dying.latents, dying.real)
         # A row a latent from here on.
         by_latent = pre.T.float().contiguous()
-        mutual = by_latent >= by_latent.flatten().topk(total, sorted=False).values.amin().clamp(min=_ABOVE_0)
+        mutual = (by_latent >= _largest(by_latent.flatten(), total)) & (by_latent > 0)
         share = self.mesh.mean_rows(mutual.float().mean(dim=1))
         self.frequency.copy_(torch.where(self.frequency.sum() > 0, self.frequency.lerp(share, 1 - KEEPS), share))
-        own = _largest(by_latent, zipf.quotas(zipf.expected(self.frequency), total, n))
+        own = _chosen(by_latent, zipf.quotas(zipf.expected(self.frequency), total, n))
         kept = torch.where(torch.as_tensor(state.penalty, device=u.device) < 1, mutual, own)
         least = by_latent.masked_fill(~kept, torch.inf).amin(dim=1)
         moved = torch.where(self.threshold == 0, least, self.threshold.lerp(least, 1 - KEEPS))
@@ -80,14 +81,24 @@ class FeatureChoiceSAE(BatchwiseSAE):
         return _flat(pre, kept.T, total, dead_z), dying
 
 
-_ABOVE_0 = torch.finfo(torch.float32).tiny
+# numpy sorts and parts float32 on a CPU in a small part of torch's time.
 
 
-def _largest(by_latent: Float[Tensor, "m n"], quotas: Int[Tensor, " m"]) -> Bool[Tensor, "m n"]:
-    """Which entries above 0 are among the `quotas` largest of their latent."""
-    order = by_latent.argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(by_latent.shape[1], device=order.device) < quotas[:, None]
-    return torch.zeros_like(first).scatter_(1, order, first) & (by_latent > 0)
+def _chosen(by_latent: Float[Tensor, "m n"], quotas: Int[Tensor, " m"]) -> Bool[Tensor, "m n"]:
+    """Which entries above 0 are among the `quotas` largest of their latent; of equals the first."""
+    n, on_cpu = by_latent.shape[1], by_latent.device.type == "cpu"
+    ordered = torch.from_numpy(np.sort(by_latent.numpy())) if on_cpu else by_latent.sort().values
+    least = ordered.gather(1, (n - quotas).clamp(max=n - 1)[:, None])
+    above, equal = by_latent > least, by_latent == least
+    left = quotas[:, None] - above.sum(dim=1, keepdim=True)
+    return (above | (equal & (equal.cumsum(dim=1) <= left))) & (by_latent > 0)
+
+
+def _largest(values: Float[Tensor, " size"], total: int) -> Float[Tensor, ""]:
+    """The last of the `total` largest."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), -total)[-total : len(values) - total + 1])[0]
+    return values.topk(total, sorted=False).values.amin()
 
 
 def _flat(pre: Float[Tensor, "n m"], kept: Bool[Tensor, "n m"], most: int, dead_z: Float[Tensor, "n _dying"]) -> Codes:
