@@ -68,7 +68,7 @@ def splice_losses(
 
     n_contexts, seed: of `splice_loss`.
     """
-    contexts = _contexts(cache, n_contexts, seed)
+    contexts = contexts_of(cache, n_contexts, seed)
     clean_ce: list[Tensor] = []
     ce: dict[str, list[Tensor]] = {name: [] for name in changes}
     kl: dict[str, list[Tensor]] = {name: [] for name in changes}
@@ -124,7 +124,7 @@ def _mean_of_real(each: Float[Tensor, "batch time"], target: Int[Tensor, "batch 
     return ((each * real).sum(dim=1) / real.sum(dim=1)).cpu()
 
 
-def _contexts(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, " context"]]:
+def contexts_of(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, " context"]]:
     """Whole sequences of at least three tokens from the cache, those of held-out documents first."""
     everything: list[Tensor] = []
     outside: list[Tensor] = []
