@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,8 @@ class World:
 
     def to(self, device: torch.device | str) -> "World":
         """The same world on another device. There, a generator of the same seed gives other rows."""
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     @torch.no_grad()
@@ -235,7 +237,8 @@ def build_world(config: WorldConfig) -> World:
 def frequencies(config: WorldConfig) -> Float[Tensor, " n_features"]:
     """Share of rows in which each feature is meant to fire: Zipf's law, brought to [min_prob, max_prob].
 
-    Features outside the trees fire so often exactly, children about so often.
+    Features without a parent fire so often; children at most so often, and less where siblings that exclude each other
+    would together need more rows than their parent has.
     """
     zipf = torch.arange(1, config.n_features + 1).double() ** -config.exponent
     share = (zipf - zipf[-1]) / max(float(zipf[0] - zipf[-1]), 1e-12)
@@ -296,7 +299,7 @@ def _parents(config: WorldConfig) -> Tensor:
 
 
 def _chances(wanted: Tensor, parent: Tensor, exclusive: bool) -> Tensor:
-    """What children have to be drawn with, so that they fire about as often as wanted."""
+    """What children have to be drawn with, so that they fire as often as wanted where there is room for them all."""
     child = parent >= 0
     above = torch.where(child, wanted[parent], 1.0)
     of_all = torch.zeros_like(wanted).index_add_(0, parent[child], wanted[child])[parent]

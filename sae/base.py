@@ -79,6 +79,8 @@ class State(NamedTuple):
     """Active latents a token in this step while k is annealed; None: the config's."""
     penalty: Float[Tensor, ""] | float = 1.0
     """What a sparsity penalty is multiplied by while it warms up."""
+    progress: Float[Tensor, ""] | float = 1.0
+    """Share of the run's steps that are done with this one."""
     pre: Float[Tensor, "n d_sae"] | None = None
     """Pre-activations of the batch, where they were made together with those of other dictionaries (`sae.stack`)."""
     gradient: Float[Tensor, "n d_in"] | None = None
@@ -121,7 +123,7 @@ class SAE(nn.Module, abc.ABC):
     """True when decoder rows are read from too: there is no W_enc."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
-    unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
+    unit_rows: tuple[str, ...] = ("W_dec",)
     """Parameters whose rows the optimiser keeps at norm 1."""
     by_latent: ClassVar[tuple[str, ...]] = ("W_enc", "W_dec", "b_enc")
     """Parameters with an entry or a row a latent: the processes of a mesh hold a part of them each. Of W_enc and b_enc
@@ -266,6 +268,17 @@ class SAE(nn.Module, abc.ABC):
             if begin < end:
                 rows = rows[begin - first : end - first]
                 held_rows[begin - held.start : end - held.start] = rows / rows.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def restart(
+        self, latents: Int[Tensor, " _m"], directions: Float[Tensor, "_m d_in"], norm: Float[Tensor, ""]
+    ) -> None:
+        """Start these latents anew along unit directions, with encoder rows of this norm (`sae.resample`)."""
+        self.W_dec[latents] = directions
+        if self.has_encoder_rows:
+            self.W_enc[:, latents] = (directions * norm).T
+        if "b_enc" in self.by_latent:
+            self.b_enc[latents] = 0
 
     def after_step(self, state: State) -> None:
         """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sae.base import Config, ConfigError
 
-START, RATE = 0.01, 0.01
-"""The first coefficient; how much of the distance to the target, in logarithms, a step adds to it."""
+RATE = 0.01
+"""How much of the distance of L0 from the target, in logarithms, a step adds to the coefficient's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,19 @@ class PenaltyConfig(Config):
 
 
 class Controller(nn.Module):
-    """The coefficient, and the L0 that it follows, as buffers: a checkpoint has them, and no step waits for them."""
+    """The coefficient, and the L0 that it follows, as buffers: a checkpoint has them, and no step waits for them.
+
+    start: the first coefficient. One that is far too small costs a short run the steps in which it rises.
+    """
 
     coefficient: Float[Tensor, ""]
     last_l0: Float[Tensor, ""]
 
-    def __init__(self, cfg: PenaltyConfig) -> None:
+    def __init__(self, cfg: PenaltyConfig, start: float) -> None:
         super().__init__()
         self.cfg = cfg
-        start = START if cfg.weight is None else cfg.weight * cfg.target_l0 / cfg.d_in
+        if cfg.weight is not None:
+            start = cfg.weight * cfg.target_l0 / cfg.d_in
         self.register_buffer("coefficient", torch.tensor(start))
         self.register_buffer("last_l0", torch.tensor(float(cfg.target_l0)))
 

@@ -20,6 +20,9 @@ from sae.sparse import Ragged, dots_at, encoder_gradients, row_sums, transposed
 FEW, LOOK = 1 / 4, 64
 """Share of the entries up to which a CPU is faster with those alone, and rows from which it tells that share."""
 
+SPARSE_ON = ("cpu",)
+"""Devices that work on the entries above the floor alone."""
+
 
 class Entries(NamedTuple):
     """Pre-activations of n rows, and where they are: values is (n, d_sae), or has the entries alone."""
@@ -55,7 +58,7 @@ def encode(
 ) -> Entries:
     """x W_enc + bias, of x from `sae.ksparse.centred`, with gradient to W_enc, bias and b_dec."""
     centre = sae.mesh.into_latents(sae.b_dec)
-    if x.device.type == "cpu" and _are_few(x, sae.W_enc, bias, floor):
+    if x.device.type in SPARSE_ON and _are_few(x, sae.W_enc, bias, floor):
         values, columns, starts = _SparseEncode.apply(x, sae.W_enc, bias, centre, floor)
         return Entries(values, True, columns, starts)
     nowhere = torch.empty(0, dtype=torch.long, device=x.device)

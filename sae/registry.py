@@ -7,6 +7,7 @@ from typing import NamedTuple
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
+from sae.architectures.gated import GatedConfig, GatedSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -15,6 +16,7 @@ from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPu
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
+from sae.architectures.standard import StandardConfig, StandardSAE
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
@@ -59,4 +61,6 @@ REGISTRY: dict[str, Entry] = {
     ),
     "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
+    "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
 }

@@ -32,13 +32,12 @@ def resample(
     drawn = torch.multinomial(errors + 1e-12, sum(counts), replacement=True, generator=generator)
     rows = x[drawn.split(counts)[mesh.latent].to(x.device)] - sae.b_dec
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
-    sae.W_dec[dead] = rows
+    alive = torch.ones(sae.n_held, dtype=torch.bool, device=x.device)
+    alive[dead] = False
+    gain = x.new_zeros(())
     if sae.has_encoder_rows:
-        alive = torch.ones(sae.n_held, dtype=torch.bool, device=x.device)
-        alive[dead] = False
         norms = mesh.sum_latents((sae.W_enc.norm(dim=0) * alive).sum())
-        sae.W_enc[:, dead] = (rows * GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)).T
-    if "b_enc" in sae.by_latent:
-        sae.b_enc[dead] = 0
+        gain = GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)
+    sae.restart(dead, rows, gain)
     optimizer.forget(dead)
     optimizer.refresh()

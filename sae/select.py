@@ -68,7 +68,7 @@ def above(
     x: Float[Tensor, "n d"],
     W_enc: Float[Tensor, "d d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    least: Float[Tensor, " d_sae"] | float,
+    least: Float[Tensor, " d_sae"] | float = 0.0,
     signed: bool = False,
 ) -> Ragged:
     """The entries of x W_enc + b_enc above `least` (signed: in magnitude)."""

@@ -3,6 +3,8 @@
 Nothing here waits for the device but `recount`, `figures` and `resample`, which the loop calls now and then.
 """
 
+from collections import Counter
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +19,8 @@ from sae.settings import Training
 GRAPH_BELOW = 1 << 28
 """Entries of batch x d_sae under which a GPU finishes a step before Python has launched it: those become graphs."""
 EAGER_STEPS = 3
-"""Steps before a graph is recorded: kernels are compiled and libraries opened in those."""
+"""Steps of a kind before a graph of it is recorded: kernels are compiled and libraries opened in those. A k that is
+annealed quickly is over before."""
 
 
 class Stepper:
@@ -45,11 +48,13 @@ class Stepper:
         """The number of tokens seen when the latent last fired."""
         self._tokens = torch.zeros((), dtype=torch.long, device=self.device)
         self._penalty = torch.ones((), device=self.device)
+        self._progress = torch.ones((), device=self.device)
         self._dead: Dead | None = None
         self._dead_of: dict[int, Dead] = {}
         self._ema = {name: p.detach().clone() for name, p in sae.named_parameters()} if settings.ema else {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._terms_of: dict[int, dict[str, Tensor]] = {}
+        self._seen: Counter[tuple[int, int | None]] = Counter()
+        self._graphs: dict[tuple[int, int | None], torch.cuda.CUDAGraph] = {}
+        self._terms_of: dict[tuple[int, int | None], dict[str, Tensor]] = {}
         self._rows: Tensor | None = None
 
     def step(self, rows: Tensor, pre: Tensor | None = None) -> None:
@@ -61,16 +66,17 @@ class Stepper:
         at, settings = self.n_steps_done, self.settings
         self.optimizer.set_lr(settings.lr_at(at, self.sae.d_sae))
         self._penalty.fill_(settings.penalty_at(at))
+        self._progress.fill_((at + 1) / settings.n_steps)
         k = settings.k_at(at)
-        if k is None and self._graphs_pay(len(rows)):
-            self._replay(rows, pre)
+        if self._graphs_pay(len(rows)):
+            self._replay(rows, k, pre)
         else:
             self._compute(rows, k, pre)
         self.n_steps_done += 1
 
     def _compute(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:
         x, target, gradient = self._parts_of(rows.float() * self.scale)
-        state = State(k=k, penalty=self._penalty, dead=self._dead, pre=pre, gradient=gradient)
+        state = State(k=k, penalty=self._penalty, progress=self._progress, dead=self._dead, pre=pre, gradient=gradient)
         with torch.autocast(self.device.type, dtype=self.matmul, enabled=self.matmul != torch.float32):
             loss = self.sae.loss(x, target, state)
         loss.total.backward()
@@ -179,18 +185,22 @@ class Stepper:
 
     def _graphs_pay(self, n: int) -> bool:
         small = n * self.sae.n_held <= GRAPH_BELOW and self.sae.mesh.ranks.world == 1 and self.base is None
-        return self.device.type == "cuda" and small and self.n_steps_done >= EAGER_STEPS
+        return self.device.type == "cuda" and small
 
-    def _replay(self, rows: Tensor, pre: Tensor | None) -> None:
+    def _replay(self, rows: Tensor, k: int | None, pre: Tensor | None) -> None:
         if self._rows is None:
             self._rows = torch.empty_like(rows)
         self._rows.copy_(rows)
-        key = len(self._dead.latents) if self._dead else 0
+        key = (len(self._dead.latents) if self._dead else 0, k)
+        self._seen[key] += 1
+        if self._seen[key] <= EAGER_STEPS:
+            self._compute(self._rows, k, pre)
+            return
         if key not in self._graphs:
             pool = next((graph.pool() for graph in self._graphs.values()), None)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # rows are loaded meanwhile
-                self._compute(self._rows, None, pre)
+                self._compute(self._rows, k, pre)
             self._graphs[key], self._terms_of[key] = graph, self.terms
         self._graphs[key].replay()
         self.terms = self._terms_of[key]

@@ -13,6 +13,7 @@ from activations.capture import Part, write_rows
 from activations.run import Run
 from activations.shards import Shards
 from activations.tokens import Tokens, to_disk
+from data.planted import WorldConfig, build_world
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -87,13 +88,23 @@ def planted_run(
 
 
 def planted_rows(n: int, d: int, n_true: int, l0: int, *, signed: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(rows, true unit directions): each row is `l0` directions with sizes 1 to 2, of either sign when `signed`."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(n_true, d, generator=generator)
-    directions /= directions.norm(dim=1, keepdim=True)
-    chosen = torch.rand(n, n_true, generator=generator).topk(l0, dim=1).indices
-    sizes = 1 + torch.rand(n, l0, generator=generator)
-    if signed:
-        sizes = sizes * (torch.randint(0, 2, (n, l0), generator=generator) * 2 - 1)
-    rows = torch.zeros(n, n_true).scatter_(1, chosen, sizes) @ directions
-    return rows + 0.01 * torch.randn(n, d, generator=generator), directions
+    """(rows, true unit directions): each row is about `l0` directions with sizes near 1.5, of either sign when
+    `signed`, and some noise; all directions are as frequent."""
+    world = build_world(
+        WorldConfig(
+            n_features=n_true,
+            d_in=d,
+            max_prob=l0 / n_true,
+            min_prob=l0 / n_true,
+            n_trees=0,
+            rank=0,
+            signed=signed,
+            sizes=(1.5, 1.5),
+            spread=0.3,
+            orthogonal_steps=0,
+            bias=0.0,
+            noise=0.01,
+            seed=seed,
+        )
+    )
+    return world.sample(n, torch.Generator().manual_seed(seed))[0], world.directions

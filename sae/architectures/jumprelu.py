@@ -62,7 +62,7 @@ class JumpReLUSAE(SAE):
     def __init__(self, cfg: JumpReLUConfig, mesh: Mesh = ALONE) -> None:
         super().__init__(cfg, mesh)
         self.threshold = nn.Parameter(torch.zeros(self.n_held))
-        self.controller = Controller(cfg)
+        self.controller = Controller(cfg, start=0.01)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

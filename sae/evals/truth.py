@@ -7,7 +7,7 @@ Source: MCC, precision, recall, F1, uniqueness and shrinkage as SAELens defines 
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from sae.evals.metric import Metric
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What is asked of a dictionary: an SAE, or anything that has these."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.planted import World, WorldConfig
-from tests.benchmarks.peers import saelens  # noqa: F401  (makes SAELens importable without its viewers and loaders)
+from tests.benchmarks.peers import saelens  # noqa: F401  (lets its modules be imported one by one)
 from tests.benchmarks.peers.imports import placeholders
 
 with placeholders("datasets", "wandb", "requests", "pandas", "plotly", "dotenv"):
@@ -49,7 +49,7 @@ MODULES: dict[str, tuple[Any, str]] = {
     "standard": (standard_sae, "Standard"),
     "mp": (matching_pursuit_sae, "MatchingPursuit"),
 }
-for name, (module, stem) in MODULES.items():  # as its __init__ does
+for module, stem in MODULES.values():  # as its __init__ does
     if hasattr(module, f"{stem}SAE"):
         made, config = getattr(module, f"{stem}SAE"), getattr(module, f"{stem}SAEConfig")
         with contextlib.suppress(ValueError):  # it is there already
@@ -113,8 +113,8 @@ def as_world(model: SyntheticModel, config: WorldConfig) -> World:
     )
 
 
-class Replay:
-    """Samples drawn before, in the form of SAELens' generator of features."""
+class _Replay:
+    """True features drawn before, in the form of SAELens' generator of them."""
 
     def __init__(self, z: Iterable[Tensor]) -> None:
         self.z = iter(z)
@@ -125,14 +125,25 @@ class Replay:
         return z
 
 
+METRICS = {
+    "f1": "classification/f1_score",
+    "precision": "classification/precision",
+    "recall": "classification/recall",
+    "mcc": "mcc",
+    "ev": "explained_variance",
+    "l0": "sae_l0",
+    "true_l0": "true_l0",
+    "uniqueness": "uniqueness",
+    "shrinkage": "shrinkage",
+    "dead": "dead_latents",
+}
+
+
 def judge(sae: Any, model: SyntheticModel, z: Iterable[Tensor], n: int, batch: int) -> dict[str, float]:
     """SAELens' metrics of anything with eval, encode, decode and W_dec, over batches of n true features in all."""
-    found = eval_sae_on_synthetic_data(sae, model.feature_dict, Replay(z), num_samples=n, batch_size=batch)
+    found = eval_sae_on_synthetic_data(sae, model.feature_dict, _Replay(z), num_samples=n, batch_size=batch)
     flat = found.to_log_dict()
-    names = {"f1": "classification/f1_score", "precision": "classification/precision"}
-    names |= {"recall": "classification/recall", "mcc": "mcc", "ev": "explained_variance", "l0": "sae_l0"}
-    names |= {"true_l0": "true_l0", "uniqueness": "uniqueness", "shrinkage": "shrinkage", "dead": "dead_latents"}
-    return {ours: float(flat[theirs]) for ours, theirs in names.items()}
+    return {ours: float(flat[theirs]) for ours, theirs in METRICS.items()}
 
 
 class Peer:
@@ -178,4 +189,5 @@ class Peer:
         """What it saves and loads for inference: BatchTopK as JumpReLU with one threshold."""
         with tempfile.TemporaryDirectory() as folder:
             self.sae.save_inference_model(folder)
-            return jumprelu_sae.JumpReLUSAE.load_from_disk(folder, device=str(self.sae.W_dec.device)).requires_grad_(False)
+            device = str(self.sae.W_dec.device)
+            return jumprelu_sae.JumpReLUSAE.load_from_disk(folder, device=device).requires_grad_(False)
