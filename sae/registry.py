@@ -10,6 +10,7 @@ from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
+from sae.architectures.structured import StructuredConfig, StructuredSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Config
 
@@ -47,4 +48,5 @@ REGISTRY: dict[str, Entry] = {
         lr=1e-3,
         renamed={"k": "max_iterations"},
     ),
+    "structured": Entry(StructuredSAE, StructuredConfig, None, sparsity="k", lr=1e-3),
 }
