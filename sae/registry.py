@@ -25,6 +25,7 @@ from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.mutualchoice import MutualChoiceConfig, MutualChoiceSAE
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.standard import StandardConfig, StandardSAE
+from sae.architectures.structured import StructuredConfig, StructuredSAE
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
@@ -81,4 +82,5 @@ REGISTRY: dict[str, Entry] = {
     "boost": Entry(BoostSAE, BoostConfig, None, sparsity="k", lr=1e-3),
     "gsae": Entry(GSAE, GSAEConfig, None, sparsity="k", lr=1e-3),
     "clt": Entry(CLT, CLTConfig, None, sparsity="k", lr=1e-3),
+    "structured": Entry(StructuredSAE, StructuredConfig, None, sparsity="k", lr=1e-3),
 }
