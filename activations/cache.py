@@ -48,6 +48,11 @@ class Activations(ABC):
         """Set while a reader in another thread is to stop waiting or computing (`GivenUp`)."""
 
     @property
+    def parts(self) -> "list[Activations]":
+        """Whose rows stand side by side in a row here, each with a scale of its own: see `activations.joined`."""
+        return [self]
+
+    @property
     @abstractmethod
     def d_in(self) -> int: ...
 

@@ -90,6 +90,7 @@ def read_text(dictionary: Dictionary, text: str) -> Reading:
     from activations.splice import read
 
     sae = dictionary_of(dictionary)
+    hook = sae.only_hook("Reading a text")
     with using_model(dictionary) as model:
         ids = model.encode(text)
         if ids.shape[1] == 0:
@@ -100,10 +101,10 @@ def read_text(dictionary: Dictionary, text: str) -> Reading:
         except ValueError as error:
             raise InputError(f"{model.name} cannot read a text here: {error}") from None
         first = torch.tensor([[separator]], device=kept.device, dtype=kept.dtype)
-        with torch.inference_mode(), read(model, [sae.hook], stop=True) as got:
+        with torch.inference_mode(), read(model, [hook], stop=True) as got:
             model.hf(input_ids=torch.cat([first, kept], dim=1), use_cache=False)
-            x = got[sae.hook][0, 1:].float()
-            values, indices = sae.encode_sparse(x.to(sae.W_enc.device))
+            x = got[hook][0, 1:].float()
+            values, indices = sae.encode_sparse(x.to(sae.W_dec.device))
             if sae.statistics is not None:  # sinks count nowhere else, so not here
                 values = values.masked_fill((x.norm(dim=1) > sae.statistics.sink_threshold)[:, None], 0.0)
     return Reading(ids=kept[0].tolist(), values=values.cpu(), indices=indices.cpu(), cut=ids.shape[1] > LONGEST_TEXT)

@@ -17,7 +17,7 @@ from activations.model import Model, load_model, pick_device
 from activations.modules import collect_vectors
 from activations.ranks import joined
 from activations.run import NO_MODEL, Run
-from app.recipe import Recipe, recipe_of, training
+from app.recipe import Recipe, hooks_of, recipe_of, training
 from app.sources import Embeddings, Text, Vectors
 from autointerp.client import ChatClient
 from autointerp.index import index
@@ -30,6 +30,7 @@ from sae.evals.subject import Options
 from sae.evals.suite import EVAL, evaluate
 from sae.parallel import Mesh
 from sae.plan import check_memory
+from sae.rows import rows_for, width_read
 from sae.settings import Training, default_name
 from sae.train import begun_with, train
 
@@ -154,7 +155,7 @@ def train_run(
     """
     with joined(device) as ranks:
         where = ranks.device(device)
-        run, settings, cache = ranks.together(lambda: _planned(path, name, resume and not overwrite, recipe, where))
+        run, settings, caches = ranks.together(lambda: _planned(path, name, resume and not overwrite, recipe, where))
         ranks.agree({"--data-parallel": data_parallel})
         kind = "cuda" if where.startswith("cuda") else "cpu"
         mesh = ranks.together(lambda: Mesh(ranks, data_parallel=data_parallel, device=kind))
@@ -162,19 +163,20 @@ def train_run(
 
         def cleared() -> bool:
             if overwrite and folder.exists():
-                check_memory([settings], cache.d_in, pick_device(where), shards=mesh.n_latents, rows=mesh.n_rows)
+                d_in = width_read(settings, rows_for(settings, caches.__getitem__))
+                check_memory([settings], d_in, pick_device(where), shards=mesh.n_latents, rows=mesh.n_rows)
                 shutil.rmtree(folder)
             return (folder / "cfg.json").exists()
 
         finished = ranks.by_leader(cleared)
-        train(run, settings, name=name, device=where, keep=keep, source=cache, track=track, mesh=mesh)
+        train(run, settings, name=name, device=where, keep=keep, source=caches, track=track, mesh=mesh)
     return Trained(folder, finished)
 
 
 def _planned(
     path: Path, name: str | None, resume: bool, recipe: Recipe, device: str
-) -> tuple[Run, Training, Activations]:
-    """The run, what is to be trained, and on which rows."""
+) -> tuple[Run, Training, dict[str, Activations]]:
+    """The run, what is to be trained, and the rows at each hook."""
     run = Run.open(path)
     begun = begun_with(run.dictionary(name)) if resume and name else None
     if begun is not None:
@@ -182,12 +184,13 @@ def _planned(
         if "expansion" in recipe:
             del before["d_sae"]
         recipe = before | recipe
-    hook = recipe.get("hook") or only_hook(run)
-    cache = _rows(run, hook, recipe, device)
-    settings = training(recipe, hook=hook, d_in=cache.d_in)
+    hooks = hooks_of(recipe) or (only_hook(run),)
+    caches = {hook: _rows(run, hook, recipe, device) for hook in (*hooks, *recipe.get("target_hook", ()))}
+    widths = {hook: cache.d_in for hook, cache in caches.items()}
+    settings = training(recipe, hook=hooks[0], d_in=widths[hooks[0]], widths=widths)
     if begun is not None:
         settings = dataclasses.replace(settings, sizes={**begun.sizes, **settings.sizes})
-    return run, settings, cache
+    return run, settings, caches
 
 
 def only_hook(run: Run) -> str:

@@ -25,7 +25,7 @@ from activations.model import Model, load_model, pick_device
 from activations.run import Run
 from activations.writer import MOST_SETS, SETS
 from app.pipeline import middle_hook, only_hook
-from app.recipe import Recipe, training
+from app.recipe import Recipe, hooks_of, training
 from app.sources import Text
 from sae.calibrate import ENCODE_ROWS, StepTime, random_rows, step_time
 from sae.plan import (
@@ -118,9 +118,12 @@ def plan_train(
     """
     start = time.process_time()  # of this process: what Python, torch and transformers take to be imported
     opened = Run.open(run) if run is not None and d_in is None and model is None else None
-    hook, cache = recipe.get("hook", "hook"), None
+    hooks, cache = hooks_of(recipe), None
+    if len(hooks) > 1 or "target_hook" in recipe or "base" in recipe:
+        raise InputError("A plan is for a dictionary that reads and gives back one hook: leave out the others.")
+    hook = hooks[0] if hooks else "hook"
     if opened is not None:
-        hook = recipe.get("hook") or only_hook(opened)
+        hook = hooks[0] if hooks else only_hook(opened)
         if not recipe.get("live") or hook in opened.hooks():
             cache = opened.activations(hook, roles=recipe.get("roles", ()))
         else:
@@ -154,6 +157,8 @@ def plan_sweep(
         raise InputError("Nothing says how wide the activations are: give RUN, --d-in or --model.")
     cells = list(read_cells(file, opened, d_in=width).values())
     plans = []
+    if any(cell.rows != cell.hook for cell in cells):
+        raise InputError("A plan is for dictionaries that read and give back one hook: leave out the others.")
     for hook in dict.fromkeys(cell.hook for cell in cells):
         here = [cell for cell in cells if cell.hook == hook]
         cache = opened.activations(hook, roles=here[0].roles) if opened is not None else None

@@ -1,11 +1,12 @@
 """What a person says of one dictionary (options of `sae train`, keys of a sweep's file), and the settings from it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from activations.errors import InputError
 from sae.registry import REGISTRY
+from sae.rows import sizes_of_hooks
 from sae.settings import Training
 
 
@@ -13,7 +14,9 @@ class Recipe(TypedDict, total=False):
     """The options of `sae train` that describe the dictionary, `_` for `-`; one that is not there has its default."""
 
     arch: str
-    hook: str
+    hook: str | Sequence[str]
+    target_hook: Sequence[str]
+    base: str
     d_sae: int
     expansion: int
     k: float
@@ -41,8 +44,17 @@ SAME = Recipe.__annotations__.keys() & {field.name for field in dataclasses.fiel
 EXPANSION, K, TOKENS = 8, 32, 10_000_000
 
 
-def training(recipe: Recipe, *, hook: str, d_in: int) -> Training:
-    """The settings of a dictionary of the activations at `hook`, d_in wide. Raises InputError."""
+def hooks_of(recipe: Recipe) -> tuple[str, ...]:
+    """The hooks that the recipe names to be read; () for none."""
+    hook = recipe.get("hook", ())
+    return (hook,) if isinstance(hook, str) else tuple(hook)
+
+
+def training(recipe: Recipe, *, hook: str, d_in: int, widths: Mapping[str, int] | None = None) -> Training:
+    """The settings of a dictionary of the activations at `hook`, d_in wide; widths: of all hooks that the recipe names.
+
+    Raises InputError.
+    """
     arch = recipe.get("arch", "topk")
     if arch not in REGISTRY:
         raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
@@ -50,12 +62,17 @@ def training(recipe: Recipe, *, hook: str, d_in: int) -> Training:
     if field == "k" and k != int(k):
         raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
     given: dict[str, Any] = {name: value for name, value in recipe.items() if name in SAME}
+    hooks, targets = hooks_of(recipe) or (hook,), tuple(recipe.get("target_hook", ()))
+    width = dict.fromkeys((*hooks, *targets), d_in) | dict(widths or {})
     made = Training(
         architecture=arch,
-        hook=hook,
+        hook=hooks[0],
+        hooks=hooks if len(hooks) > 1 else (),
+        target_hooks=targets,
         sizes={
             "d_sae": recipe.get("d_sae") or recipe.get("expansion", EXPANSION) * d_in,
             field: int(k) if field == "k" else float(k),
+            **sizes_of_hooks(arch, [width[name] for name in hooks], [width[name] for name in targets]),
         },
         n_tokens=recipe.get("tokens", TOKENS),
         order="stream" if recipe.get("live") else "shuffled",
@@ -63,7 +80,7 @@ def training(recipe: Recipe, *, hook: str, d_in: int) -> Training:
         dead_tokens=recipe.get("dead_after"),
         **given,
     )
-    made.config(d_in)
+    made.config(sum(width[name] for name in hooks) if REGISTRY[arch].sae.joint else d_in)
     return made
 
 
@@ -72,7 +89,8 @@ def recipe_of(settings: Training) -> Recipe:
     of = dataclasses.asdict(settings)
     whole: dict[str, Any] = {name: of[name] for name in SAME} | {
         "arch": settings.architecture,
-        "hook": settings.hook,
+        "hook": settings.hooks or settings.hook,
+        "target_hook": settings.target_hooks or None,
         "d_sae": settings.sizes["d_sae"],
         "k": settings.sizes[REGISTRY[settings.architecture].sparsity],
         "tokens": settings.n_tokens,

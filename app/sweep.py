@@ -15,6 +15,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +27,21 @@ from activations.model import pick_device
 from activations.run import Run, versions
 from app.cli.train import command as train_command
 from app.figures import pareto
-from app.recipe import Recipe, training
+from app.recipe import Recipe, hooks_of, training
 from app.sweep_table import PLOT, RECORD, Cell, cells_of
 from sae.evals.density import density
+from sae.evals.metric import over_hooks
 from sae.evals.reconstruction import reconstruction
+from sae.evals.suite import measured_on
 from sae.files import CFG, load_sae
 from sae.plan import check_memory
+from sae.rows import rows_for, width_read
 from sae.settings import Training, default_name
 from sae.train import Outcome, begun_with, train_together
 
 SHARED = ("tokens", "batch", "roles", "order_seed")
 """Keys that all cells of a sweep have in common, since they see the same batches."""
-IN_NAME = ("hook", "arch", "d_sae", "expansion", "k", "seed")
+IN_NAME = ("hook", "target_hook", "arch", "d_sae", "expansion", "k", "seed")
 
 
 def sweep(
@@ -51,9 +55,10 @@ def sweep(
     run = Run.open(path)
     cells = read_cells(file, run)
     left = [cell for name, cell in cells.items() if overwrite or not (run.dictionary(name) / CFG).exists()]
-    for hook in {cell.hook for cell in left}:  # before anything is given up for it
-        here = [cell for cell in left if cell.hook == hook]
-        check_memory(here, run.activations(hook, roles=here[0].roles).d_in, pick_device(device))
+    for rows in {cell.rows for cell in left}:  # before anything is given up for it
+        here = [cell for cell in left if cell.rows == rows]
+        d_in = width_read(here[0], rows_for(here[0], partial(run.activations, roles=here[0].roles)))
+        check_memory(here, d_in, pick_device(device))
     with lock(run.path / ".sweep.lock"):
         if overwrite:
             for name in cells:
@@ -62,7 +67,7 @@ def sweep(
         record = _still_there(run)
         for name, outcome in outcomes.items():
             if outcome.n_tokens or name not in record:
-                record[name] = _measured(run, outcome, device)
+                record[name] = _measured(outcome, device)
                 write_json(run.path / RECORD, {"versions": versions(), "cells": record})
         done = cells_of({"cells": record})
         with write_aside(run.path / PLOT) as aside:
@@ -82,11 +87,12 @@ def read_cells(file: Path, run: Run | None, *, d_in: int | None = None) -> dict[
         recipe = base | point
         if recipe.get("seed", 0) != 0:  # that of seed 0, so that all seeds see the same batches
             recipe.setdefault("order_seed", 0)
-        hook = recipe.get("hook") or ("hook" if run is None else _only_hook(run, file))
+        hooks = hooks_of(cast(Recipe, recipe)) or ("hook" if run is None else _only_hook(run, file),)
         try:
-            width = d_in if run is None else run.activations(hook, roles=recipe.get("roles", ())).d_in
-            assert width is not None
-            settings = training(cast(Recipe, recipe), hook=hook, d_in=width)
+            widths = dict.fromkeys((*hooks, *recipe.get("target_hook", ())), d_in or 0)
+            if run is not None:
+                widths = {hook: run.activations(hook, roles=recipe.get("roles", ())).d_in for hook in widths}
+            settings = training(cast(Recipe, recipe), hook=hooks[0], d_in=widths[hooks[0]], widths=widths)
         except InputError as error:
             said = ", ".join(f"{key}={_text(value)}" for key, value in point.items())
             raise InputError(f"{file}: the cell {said} cannot be: {error}" if said else f"{file}: {error}") from None
@@ -142,9 +148,9 @@ def _known(key: str, options: Mapping[str, click.Option], file: Path) -> str:
 
 def _converted(option: click.Option, value: Any, file: Path) -> Any:
     if option.multiple:
-        if not isinstance(value, list):
-            raise InputError(f"{file}: {option.name} = {value!r}: expected a list.")
-        return tuple(map(str, value))
+        if not isinstance(value, str | list):
+            raise InputError(f"{file}: {option.name} = {value!r}: expected a text, or a list of them.")
+        return (value,) if isinstance(value, str) else tuple(map(str, value))
     try:
         if isinstance(value, bool | list | dict):
             raise click.BadParameter(f"expected a {option.type.name}.")
@@ -154,6 +160,8 @@ def _converted(option: click.Option, value: Any, file: Path) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -177,10 +185,11 @@ def _settings(folder: Path) -> Any:
     return None if begun is None else json.loads(json.dumps(dataclasses.asdict(begun)))
 
 
-def _measured(run: Run, outcome: Outcome, device: str) -> dict[str, Any]:
+def _measured(outcome: Outcome, device: str) -> dict[str, Any]:
     """An entry of sweep.json. The speed is None when the dictionary had been trained before."""
     sae = load_sae(outcome.folder, device=str(pick_device(device)))
-    metrics = {**reconstruction(sae, run.activations(sae.hook)), **density(sae)}
+    measured = {hook: reconstruction(whole, rows) for hook, whole, rows in measured_on(outcome.folder, sae)}
+    metrics = {**over_hooks(measured), **density(sae)}
     trained = outcome.n_tokens > 0
     return {
         "settings": _settings(outcome.folder),

@@ -81,7 +81,7 @@ def index(
         scratch.mkdir()
         try:
             sae = load_sae(folder).to(pick_device(device))
-            cache = run.activations(sae.hook)
+            cache = run.activations(sae.only_hook("An index"))
             if cache.d_in != sae.d_in:
                 raise InputError(f"{folder} takes rows of {sae.d_in} values, but {sae.hook} has {cache.d_in} here.")
             model = load_model(run.meta["model"], dtype=run.meta["model_dtype"], device="cpu")
@@ -126,7 +126,7 @@ def write_codes(sae: SAE, cache: CachedActivations, folder: Path, *, batch: int,
             for at in range(0, n, batch):
                 inside = slice(at, min(at + batch, n))
                 kept = mask[inside].nonzero().flatten()
-                x = rows[inside][kept].to(sae.W_enc.device, torch.float32)
+                x = rows[inside][kept].to(sae.W_dec.device, torch.float32)
                 codes.write(_codes(sae, x, (first + at + kept).numpy()))
                 bar.update(inside.stop - at)
 

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from activations.errors import InputError
 from activations.machine import memory_of, times_of
 from activations.model import fast_dtype
+from sae.base import FittedSAE
 from sae.plan import DEAD, check_memory, family, needed_memory
 from sae.registry import REGISTRY
 from sae.settings import Training
@@ -52,8 +54,11 @@ def step_time(
     """Time the step of `settings`, at its own width where that fits and a step takes under `patience` seconds.
 
     Else at the widest that does and at half of that, and a line through both. rows: some of the cache, in its
-    precision, scaled as in training; None takes random ones. Raises InputError when not even a narrow one fits.
+    precision, scaled as in training; None takes random ones. Raises InputError when not even a narrow one fits, or the
+    dictionary takes no steps.
     """
+    if issubclass(REGISTRY[settings.architecture].sae, FittedSAE):
+        raise InputError(f"{settings.architecture} is fitted in one pass and takes no steps: its time is not planned.")
     rows = random_rows(d_in) if rows is None else rows
     wanted = int(settings.sizes["d_sae"])
     narrow = min(wanted, max(_NARROW, 4 * math.ceil(settings.sizes[REGISTRY[settings.architecture].sparsity])))
@@ -101,6 +106,9 @@ def time_steps(
         settings, lr=1e-5, matmul=settings.matmul or str(fast_dtype(device)).removeprefix("torch.")
     )
     stepper = Stepper(sae.to(device), settings, 1.0)
+    if family(settings.architecture) == "dense" and isinstance(sae.b_enc, Tensor):
+        # In the midst of training most entries are near their thresholds: a CPU then takes all (`sae.entries`).
+        sae.b_enc.data.add_(10.0)
 
     def step() -> None:
         stepper.step(rows.index_select(0, torch.randint(len(rows), (settings.batch,), device=device)))

@@ -28,8 +28,9 @@ class Place(NamedTuple):
     """Steps done."""
     cursor: Cursor
     """The next row."""
-    scale: float
-    """What rows are multiplied by; of a stream, its first rows are needed to find it."""
+    scales: tuple[float, ...]
+    """What the parts of rows are multiplied by; of a stream, its first rows are needed to find it. Of a boost, then
+    the factor of its target."""
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -72,7 +73,7 @@ def forget(folder: Path, steps: Iterable[int]) -> None:
 
 def read_place(folder: Path, step: int) -> Place:
     state = read_json(path_of(folder, step) / "state.json")
-    return Place(int(state["step"]), Cursor(*state["cursor"]), float(state["scale"]))
+    return Place(int(state["step"]), Cursor(*state["cursor"]), tuple(map(float, state["scales"])))
 
 
 def restore(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:

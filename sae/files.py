@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from activations.errors import InputError
 from activations.files import read_json, write_aside, write_json
 from activations.run import dictionary_folder
-from sae.base import SAE, ConfigError, Statistics, rows_of
+from sae.base import SAE, ConfigError, Statistics, fields_from, rows_of
 from sae.registry import REGISTRY
 
 WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.safetensors"
+_TRAINED = "trained_architecture"  # beside "architecture", where SAELens knows the finished dictionary by another name
 _SAELENS = "6.54.12"  # whose form this is; without a version SAELens takes cfg.json for an older one and drops metadata
 # What SAELens writes for a dictionary that takes activations as the model has them; anything else is refused.
-_PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+_PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+_RESHAPES = ("none", "hook_z")  # of hook_z, SAELens takes rows with the heads apart, and joins them as ours are
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
@@ -30,7 +33,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
     On a mesh all processes call this together; the leader collects the parts on its CPU, and writes.
     """
     weights = {}
-    for name, p in sae.named_parameters():
+    for name, p in _tensors(sae).items():
         whole = rows_of(name, sae.mesh.whole(rows_of(name, p))) if name in sae.by_latent else p.detach().cpu()
         weights[name] = whole.contiguous()
     if not sae.mesh.leads:
@@ -42,14 +45,18 @@ def save_sae(sae: SAE, folder: Path) -> None:
         with write_aside(folder / STATISTICS) as aside:
             save_file(statistics, aside)
     fields = dataclasses.asdict(sae.cfg)
+    fields |= {theirs: fields[ours] for ours, theirs in REGISTRY[sae.architecture].renamed.items()}
+    trained = {_TRAINED: sae.architecture} if sae.saved_as != sae.architecture else {}
     write_json(
         folder / CFG,
         {
-            "architecture": sae.architecture,
+            "architecture": sae.saved_as,
+            **trained,
             **fields,
             "dtype": "float32",
             "device": "cpu",
             **_PLAIN,
+            "reshape_activations": "hook_z" if sae.hook.endswith("hook_z") else "none",
             "metadata": {"sae_lens_version": _SAELENS, **sae.metadata},
         },
     )
@@ -76,7 +83,7 @@ def load_sae(address: str | Path, *, device: str = "cpu") -> SAE:
 
 def _build(folder: Path, cfg: Any) -> SAE:
     """An empty dictionary of the class and sizes that cfg.json says, after comparing them with the weights' header."""
-    name = cfg.get("architecture") if isinstance(cfg, dict) else None
+    name = cfg.get(_TRAINED, cfg.get("architecture")) if isinstance(cfg, dict) else None
     if name not in REGISTRY:
         raise InputError(f"{folder / CFG} names architecture {name!r}: expected one of {', '.join(REGISTRY)}.")
     for key, plain in _PLAIN.items():
@@ -84,12 +91,16 @@ def _build(folder: Path, cfg: Any) -> SAE:
             raise InputError(
                 f"{folder / CFG} has {key}={json.dumps(cfg[key])}: expected {json.dumps(plain)}; fold it in first."
             )
+    if cfg.get("reshape_activations", "none") not in _RESHAPES:
+        shown = json.dumps(cfg["reshape_activations"])
+        raise InputError(f"{folder / CFG} has reshape_activations={shown}: expected one of {', '.join(_RESHAPES)}.")
     entry = REGISTRY[name]
-    if name == "jumprelu":
+    if entry.sparsity == "target_l0":
         cfg = {"target_l0": 1.0, **cfg}  # SAELens keeps no target in the saved form
+    cfg = {**{ours: cfg[theirs] for ours, theirs in entry.renamed.items() if theirs in cfg}, **cfg}
     try:
         fields = {f.name: cfg[f.name] for f in dataclasses.fields(entry.config) if f.name in cfg}
-        config = entry.config(**fields)
+        config = entry.config(**fields_from(fields))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (TypeError, ConfigError) as error:
@@ -97,13 +108,18 @@ def _build(folder: Path, cfg: Any) -> SAE:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS} is missing or damaged ({error}).") from None
     with torch.device("meta"):
-        expected = {key: tuple(p.shape) for key, p in entry.sae(config).named_parameters()}
+        expected = {key: tuple(p.shape) for key, p in _tensors(entry.sae(config)).items()}
     if shapes != expected:
         wrong = next(key for key in [*expected, *shapes] if shapes.get(key) != expected.get(key))
         raise InputError(
             f"{folder / WEIGHTS} has {wrong} of shape {shapes.get(wrong)}: cfg.json says {expected.get(wrong)}."
         )
     return entry.sae(config)
+
+
+def _tensors(sae: SAE) -> dict[str, Tensor]:
+    """What is saved of a dictionary: its parameters and its `saved` buffers."""
+    return {**dict(sae.named_parameters()), **{name: getattr(sae, name) for name in sae.saved}}
 
 
 def _load_statistics(path: Path, d_sae: int) -> Statistics | None:

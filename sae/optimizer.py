@@ -9,27 +9,29 @@ from torch import Tensor
 
 from sae import kernels
 from sae.base import SAE, rows_of
-
-WIDE = ("W_enc", "W_dec")
-"""The parameters with a row a latent; `rows_of` gives them in that form."""
+from sae.dense import FLOAT8, SCALE, to_float8
 
 
 class Optimizer:
     """Adam over the parameters of `sae`. betas as torch's; clip: the largest norm of the whole gradient.
 
     matmul: when it is lower than float32 and there is a GPU, copies of the wide matrices in it are kept current in
-    `sae.low`, so that no step has to make them.
+    `sae.low`, so that no step has to make them. float8: the encoder's is in eight bits.
     """
 
-    def __init__(self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype) -> None:
+    def __init__(
+        self, sae: SAE, *, betas: tuple[float, float], clip: float, matmul: torch.dtype, float8: bool = False
+    ) -> None:
         self.sae, self.betas, self.clip = sae, betas, clip
-        self.wide = WIDE if kernels.available(sae.W_dec) else ()
+        self._parameters = dict(sae.named_parameters())
+        on_gpu = kernels.available(sae.W_dec)
+        self.wide = tuple(name for name, p in self._parameters.items() if on_gpu and p.dim() == 2)
+        """Matrices that the kernel updates; `rows_of` gives them with the rows that they have in memory."""
         device = sae.W_dec.device
         self.norm = torch.zeros((), device=device)
         """Norm of the last gradient, before clipping."""
         self._steps = torch.zeros((), device=device)
         self._lr = torch.zeros((), device=device)
-        self._parameters = dict(sae.named_parameters())
         self._mean = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         self._square = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         narrow = {name: p for name, p in self._parameters.items() if name not in self.wide}
@@ -44,6 +46,8 @@ class Optimizer:
             }
         if self.wide and matmul != torch.float32:
             sae.low = {name: torch.empty_like(getattr(sae, name), dtype=matmul) for name in self.wide}
+            if float8:
+                sae.low["W_enc8"] = torch.empty_like(sae.low.pop("W_enc"), dtype=FLOAT8)
             self.refresh()
 
     @property
@@ -60,15 +64,15 @@ class Optimizer:
         for state in self._adam.state.values():
             state["step"].copy_(self._steps)
         for name, copy in self.sae.low.items():
-            copy.copy_(getattr(self.sae, name))
+            copy.copy_(to_float8(self.sae.W_enc, SCALE) if name == "W_enc8" else getattr(self.sae, name))
 
     @torch.no_grad()
     def forget(self, latents: Tensor) -> None:
         """Set the moments of these latents to 0 (they were resampled)."""
-        for moments in (self._mean, self._square):
-            for name in WIDE:
-                rows_of(name, moments[name])[latents] = 0
-            moments["b_enc"][latents] = 0
+        for name in self._parameters:
+            if name in self.sae.by_latent:
+                for moments in (self._mean, self._square):
+                    rows_of(name, moments[name])[latents] = 0
 
     def set_lr(self, lr: float) -> None:
         self._lr.fill_(lr)
@@ -107,7 +111,7 @@ class Optimizer:
             corrections = [1 - torch.pow(beta, self._steps.double()) for beta in self.betas]
             hyper = torch.stack([self._lr.double(), *corrections, factor.double()]).float()
             for name in self.wide:
-                p, low = self._parameters[name], self.sae.low.get(name)
+                p, low = self._parameters[name], self.sae.low.get(name, self.sae.low.get(f"{name}8"))
                 assert p.grad is not None
                 w, g, m, v = (rows_of(name, t) for t in (p.detach(), p.grad, self._mean[name], self._square[name]))
                 copy = None if low is None else rows_of(name, low)

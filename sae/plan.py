@@ -1,7 +1,7 @@
 """What a training needs before it starts: bytes, FLOPs and seconds, as pure functions of its settings.
 
 The memory is that of the fullest moment of a step: float32 weights, Adam's two moments and gradients, on a GPU beside
-low-precision copies of both wide matrices. A dictionary too large for one GPU is cut by latents: each GPU holds
+low-precision copies of the matrices. A dictionary too large for one GPU is cut by latents: each GPU holds
 d_sae / n rows of the wide matrices, sees every row of a batch, chooses among its own latents, and adds its part of
 x_hat to that of the others. Where a number was fitted and not counted, it says to what.
 """
@@ -16,6 +16,7 @@ import torch
 
 from activations.errors import InputError
 from activations.machine import Machine, memory_of
+from sae.architectures.matching_pursuit import MatchingPursuitSAE
 from sae.base import Config
 from sae.dense import AT_ONCE, CACHED
 from sae.registry import REGISTRY
@@ -37,11 +38,8 @@ _BATCH = 24
 four TopK steps on H100s and four on a CPU when all that is counted here is taken away."""
 _SCRATCH = {"cpu": 6, "cuda": 0}
 """Bytes a parameter that come and go beside the gradients: fitted to TopK and JumpReLU steps at two widths on a CPU."""
-_ENTRY = 800
-"""Bytes a row and active latent of JumpReLU's sparse form on a CPU, of all entries near their threshold: fitted."""
-_INITIAL_ROWS = 4096
-_PASSES = {"sparse": 2, "dense": 10}
-"""How often a step reads or writes (batch, d_sae) numbers of two bytes. JumpReLU: pre written; read, z written; z read;
+_PASSES = 10
+"""How often a JumpReLU step reads or writes (batch, d_sae) numbers of two bytes: pre written; read, z written; z read;
 its gradient written; that and pre read, pre's gradient written; both read for the weights' gradients."""
 _DEAD_PASSES = 10
 """The same of (batch, dead latents): fitted to one TopK step of 25 % dead latents on an H100."""
@@ -63,33 +61,45 @@ class Parts(NamedTuple):
 
 
 def family(architecture: str) -> str:
-    """ "sparse" where a row keeps k latents and only those are trained, else "dense"."""
+    """ "sparse" where a row keeps k latents and only those are trained, "pursuit" where it picks them one by one, else
+    "dense"."""
+    if architecture == MatchingPursuitSAE.architecture:
+        return "pursuit"
     return "sparse" if REGISTRY[architecture].sparsity == "k" else "dense"
 
 
 @lru_cache
-def tensors_of(architecture: str, config: Config) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers in each (parameter, buffer) of a dictionary, without making it."""
+def tensors_of(architecture: str, config: Config) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shape of each (parameter, buffer) of a dictionary, without making it."""
     with torch.device("meta"):
         sae = REGISTRY[architecture].sae(config)
-    parameters = {name: p.numel() for name, p in sae.named_parameters()}
-    buffers = {name: t.numel() for name, t in sae.state_dict().items() if name not in parameters}
+    parameters = {name: p.shape for name, p in sae.named_parameters()}
+    buffers = {name: t.shape for name, t in sae.state_dict().items() if name not in parameters}
     return parameters, buffers
 
 
 def n_parameters(settings: Training, d_in: int) -> int:
-    return sum(tensors_of(settings.architecture, settings.config(d_in))[0].values())
+    return sum(shape.numel() for shape in tensors_of(settings.architecture, settings.config(d_in))[0].values())
+
+
+def n_wide(settings: Training, d_in: int) -> int:
+    """Numbers in the matrices alone."""
+    shapes = tensors_of(settings.architecture, settings.config(d_in))[0].values()
+    return sum(shape.numel() for shape in shapes if len(shape) == 2)
 
 
 def checkpoint_bytes(settings: Training, d_in: int) -> int:
     """One checkpoint: weights, both moments of Adam, buffers, when each latent last fired. Without the header."""
     parameters, buffers = tensors_of(settings.architecture, settings.config(d_in))
-    return 12 * sum(parameters.values()) + 4 * (len(parameters) + sum(buffers.values())) + 8 * _d_sae(settings)
+    n, n_buffers = (sum(shape.numel() for shape in shapes.values()) for shapes in (parameters, buffers))
+    return 12 * n + 4 * (len(parameters) + n_buffers) + 8 * _d_sae(settings)
 
 
 def dictionary_bytes(settings: Training, d_in: int) -> int:
     """The finished dictionary: weights, and density, maximum and minimum of each latent. Without the headers."""
-    return 4 * n_parameters(settings, d_in) + 12 * _d_sae(settings)
+    buffers = tensors_of(settings.architecture, settings.config(d_in))[1]
+    saved = sum(buffers[name].numel() for name in REGISTRY[settings.architecture].sae.saved)
+    return 4 * (n_parameters(settings, d_in) + saved) + 12 * _d_sae(settings)
 
 
 def memory(
@@ -120,7 +130,7 @@ def memory(
             "weights": _share(4 * n, shards),
             "moments of Adam": _share(8 * n, shards),
             "running mean": _share(sum(4 * n_parameters(cell, d_in) for cell in cells if cell.ema), shards),
-            "low-precision copies": _share(sum(4 * d_in * _d_sae(cell) for cell in low), shards),
+            "low-precision copies": _share(sum(2 * n_wide(cell, d_in) for cell in low), shards),
             **{name: turns[name] + kept[name] for name in _STEP},
             "batch": _BATCH * batch * d_in,
             "rows of the cache": min(row_bytes * cached_rows, 4 << 30),
@@ -167,19 +177,21 @@ def needed_gpus(cells: Sequence[Training], d_in: int, bytes_each: int) -> int:
 
 
 def step_flops(settings: Training, d_in: int, dead: float = 0.0) -> float:
-    """FLOPs of a step's wide products: five, or the encoder's alone where the rest is sparse, and four of the dead."""
-    products = 1 + 4 * dead if family(settings.architecture) == "sparse" else 5
-    return products * 2.0 * settings.batch * d_in * _d_sae(settings)
+    """FLOPs of a step's wide products: five, or the encoder's alone where the rest is sparse, and four of the dead; one
+    a pick of a pursuit."""
+    kind = family(settings.architecture)
+    products = 1 + 4 * dead if kind == "sparse" else settings.sizes["k"] if kind == "pursuit" else 5
+    return float(products) * 2.0 * settings.batch * d_in * _d_sae(settings)
 
 
 def step_bytes(settings: Training, d_in: int, dead: float = 0.0) -> dict[str, float]:
     """Bytes that a step moves through memory, by what for: the optimiser, wide activations, rows picked out."""
     n, kind = n_parameters(settings, d_in), family(settings.architecture)
-    passes = _PASSES[kind] + (_DEAD_PASSES * dead if kind == "sparse" else 0)
+    k = settings.sizes.get("k", 0)
+    passes = {"sparse": 2 + _DEAD_PASSES * dead, "pursuit": 2 * k, "dense": _PASSES}[kind]
     # Gradient written and read twice (its norm, the step); weight and two moments read and written; a copy of 2 bytes.
     moved = {"optimiser": 38.0 * n, "latents": 2.0 * passes * settings.batch * _d_sae(settings)}
-    if kind == "sparse":  # decoding, its gradient to the values, and both weight gradients
-        k = settings.sizes["k"]
+    if kind != "dense":  # decoding, its gradient to the values, and both weight gradients; or residuals each way
         moved["gathers"] = 4 * 2.0 * settings.batch * k * d_in
     return moved
 
@@ -234,12 +246,12 @@ def _step_memory(settings: Training, d_in: int, kind: str, shards: int, rows: in
         wide = max(entry * at_once + 24 * batch * int(settings.sizes["k"]) - early, 0)
         m = math.ceil(DEAD * d_sae)
         dead = 2 * entry * batch * m + (4 + entry) * m * d_in
-    elif kind == "cuda":
-        wide = 3 * entry * batch * d_sae  # pre, z and the gradient
+    elif family(settings.architecture) == "pursuit":
+        # A gradient for each pick, in float32, twice while they are summed by latent; products of some rows.
+        wide = entry * at_once + 8 * batch * int(settings.sizes["k"]) * d_in
     else:
-        wide = entry * at_once + int(_ENTRY * batch * settings.sizes["target_l0"])
-        # Thresholds start at quantiles of dense pre-activations: four times in float32, before there is any gradient.
-        scratch = max(scratch, 16 * _INITIAL_ROWS * d_sae - gradients - wide - 8 * n)
+        # pre, z and the gradient; a CPU makes them in several steps (fewer where few entries count: `sae.entries`).
+        wide = (3 if kind == "cuda" else 6) * entry * batch * d_sae
     return dict(zip(_STEP, (gradients, wide, dead, scratch), strict=True))
 
 

@@ -1,10 +1,33 @@
 """The table of architectures: name -> class, config, and how it is trained."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
+from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
+from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
+from sae.architectures.boost import BoostConfig, BoostSAE
+from sae.architectures.clt import CLT, CLTConfig
+from sae.architectures.codebook import CodebookConfig, CodebookSAE
+from sae.architectures.crosscoder import CrosscoderConfig, CrosscoderSAE
+from sae.architectures.featurechoice import FeatureChoiceConfig, FeatureChoiceSAE
+from sae.architectures.gated import GatedConfig, GatedSAE
+from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
+from sae.architectures.gsae import GSAE, GSAEConfig
+from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
+from sae.architectures.kron import KronConfig, KronSAE
+from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
+from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from sae.architectures.mlsae import MLSAE, MLSAEConfig
+from sae.architectures.msae import MSAE, MSAEConfig
+from sae.architectures.mutualchoice import MutualChoiceConfig, MutualChoiceSAE
+from sae.architectures.skip_transcoder import SkipTranscoderSAE
+from sae.architectures.standard import StandardConfig, StandardSAE
+from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
 from sae.base import SAE, Config
 
 
@@ -14,16 +37,48 @@ class Entry(NamedTuple):
     sae: type[SAE]
     config: type[Config]
     saelens: str | None
-    """SAELens' name of the same architecture, if its loader can read what we save."""
+    """SAELens' name of what we save, if its loader can read that."""
     sparsity: str
     """The config's field that `-k` sets."""
     lr: float
-    """Peak learning rate at 4,608 latents; it falls with the square root of the width."""
+    """Peak learning rate at 4,608 latents; it falls with the square root of the width. A `FittedSAE` has none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    resamplings: int = 0
+    """How often dead latents are resampled in the first half of a run that does not say."""
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Fields of the config that SAELens has under another name: cfg.json has both."""
 
 
 REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
     "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
+    "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
+    "batchtopk": Entry(BatchTopKSAE, BatchTopKConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "batchabstopk": Entry(BatchAbsTopKSAE, BatchAbsTopKConfig, None, sparsity="k", lr=1e-3),
+    "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
+    "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
+    "mutualchoice": Entry(MutualChoiceSAE, MutualChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "featurechoice": Entry(FeatureChoiceSAE, FeatureChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),
+    "codebook": Entry(CodebookSAE, CodebookConfig, None, sparsity="k", lr=3e-3, resamplings=20),
+    "itda": Entry(ITDASAE, ITDAConfig, None, sparsity="k", lr=0.0),
+    "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
+    "matching_pursuit": Entry(
+        MatchingPursuitSAE,
+        MatchingPursuitConfig,
+        "matching_pursuit",
+        sparsity="k",
+        lr=1e-3,
+        renamed={"k": "max_iterations"},
+    ),
+    "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
+    "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "crosscoder": Entry(CrosscoderSAE, CrosscoderConfig, None, sparsity="k", lr=1e-3),
+    "mlsae": Entry(MLSAE, MLSAEConfig, None, sparsity="k", lr=1e-3),
+    "boost": Entry(BoostSAE, BoostConfig, None, sparsity="k", lr=1e-3),
+    "gsae": Entry(GSAE, GSAEConfig, None, sparsity="k", lr=1e-3),
+    "clt": Entry(CLT, CLTConfig, None, sparsity="k", lr=1e-3),
 }

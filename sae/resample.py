@@ -1,7 +1,8 @@
 """Resampling: dead latents start anew at inputs that the dictionary reconstructs badly.
 
 Each takes the direction of an input, drawn with probability proportional to the square of its squared error; its
-encoder row is that direction at a fifth of the living rows' mean norm, its bias 0, its Adam moments 0.
+encoder row (where it has one of its own) is that direction at a fifth of the living rows' mean norm, its bias 0, its
+Adam moments 0.
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling".
 """
 
@@ -33,9 +34,10 @@ def resample(
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
     alive = torch.ones(sae.n_held, dtype=torch.bool, device=x.device)
     alive[dead] = False
-    norms = mesh.sum_latents((sae.W_enc.norm(dim=0) * alive).sum())
-    sae.W_dec[dead] = rows
-    sae.W_enc[:, dead] = (rows * GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)).T
-    sae.b_enc[dead] = 0
+    gain = x.new_zeros(())
+    if sae.has_encoder_rows:
+        norms = mesh.sum_latents((sae.W_enc.norm(dim=0) * alive).sum())
+        gain = GAIN * norms / mesh.sum_latents(alive.sum()).clamp(min=1)
+    sae.restart(dead, rows, gain)
     optimizer.forget(dead)
     optimizer.refresh()

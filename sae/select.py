@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sae import kernels
-from sae.sparse import at_places, nonzero, to_table
+from sae.dense import pieces
+from sae.sparse import Ragged, at_places, nonzero, to_table
 
 GROUP = 32
 """Neighbouring latents of which the maximum is looked at first."""
@@ -49,6 +50,35 @@ def topk_dense(
     if k == len(columns):
         return x
     return x.masked_fill_(size < size.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True), 0.0)
+
+
+def largest_of_batch(sizes: Float[Tensor, "n k"], m: int) -> tuple[Bool[Tensor, "n k"], Float[Tensor, ""]]:
+    """(which are the m largest of all sizes, never one that is 0; the smallest of them, infinite if there is none).
+
+    Of equals the first rows', then the first places'. Waits for nothing.
+    """
+    flat = sizes.flatten()
+    least = flat.topk(m, sorted=False).values.amin()
+    above, equal = flat > least, flat == least
+    kept = (above | (equal & (equal.cumsum(dim=0) <= m - above.sum()))) & (flat > 0)
+    return kept.view(sizes.shape), flat.masked_fill(~kept, torch.inf).amin()
+
+
+def above(
+    x: Float[Tensor, "n d"],
+    W_enc: Float[Tensor, "d d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    least: Float[Tensor, " d_sae"] | float = 0.0,
+    signed: bool = False,
+) -> Ragged:
+    """The entries of x W_enc + b_enc above `least` (signed: in magnitude)."""
+    values, places, first = [], [], 0
+    for pre in pieces(x, W_enc.T, b_enc):
+        found = nonzero((pre.abs() if signed else pre) > least)
+        values.append(pre.flatten().index_select(0, found).float())
+        places.append(found + first)
+        first += pre.numel()
+    return at_places(torch.cat(places), torch.cat(values), (len(x), len(b_enc)))
 
 
 def _largest(x: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

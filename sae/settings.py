@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from activations.errors import InputError
-from sae.base import Config, ConfigError
+from sae.base import Config, ConfigError, FittedSAE, fields_from
 from sae.registry import REGISTRY
 
-MATMUL = ("float32", "bfloat16")
+MATMUL = ("float32", "bfloat16", "float8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,12 @@ class Training:
     hook: str
     sizes: dict[str, Any]
     """Fields of the architecture's config but d_in."""
+    hooks: tuple[str, ...] = ()
+    """All hooks that are read, where they are several, `hook` the first; () for `hook` alone."""
+    target_hooks: tuple[str, ...] = ()
+    """The hooks that are predicted, by dictionaries that do not give back what they read."""
+    base: str | None = None
+    """Of a boost: the ID, in the same run, of the frozen dictionary whose error it learns."""
     n_tokens: int
     """Rows visited; more than the cache holds means several epochs."""
     batch: int = 2048
@@ -50,9 +56,11 @@ class Training:
     dead_tokens: int | None = None
     """A latent that has not fired in so many tokens is dead; None: min(10 M, a tenth of the run)."""
     resample_every: int | None = None
-    """Tokens between resamplings of dead latents, in the first half of the run; None: never."""
+    """Tokens between resamplings of dead latents, in the first half of the run; None: as the registry says, mostly
+    never."""
     matmul: str | None = None
-    """Precision of the wide products: "float32" or "bfloat16"; None takes the faster of this machine."""
+    """Precision of the wide products: "float32" or "bfloat16", None for the faster of them on this machine; "float8":
+    bfloat16, and eight bits for the encoder's, which GPUs since Ada and Hopper make twice as fast."""
 
     def __post_init__(self) -> None:
         if self.architecture not in REGISTRY:
@@ -61,6 +69,7 @@ class Training:
             raise InputError(f"{self.n_tokens} tokens make no batch of {self.batch}: raise --tokens or lower --batch.")
         if self.matmul not in (None, *MATMUL):
             raise InputError(f"matmul={self.matmul!r} is unknown: expected one of {', '.join(MATMUL)}.")
+        self._check_hooks()
         for name in ("warmup", "decay", "k_anneal", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)} is no share of the run: expected 0 to 1.")
@@ -71,10 +80,43 @@ class Training:
         for name in ("dead_tokens", "resample_every"):
             if (tokens := getattr(self, name)) is not None and tokens < 1:
                 raise InputError(f"{name}={tokens} is no number of tokens: expected at least 1.")
+        if issubclass(REGISTRY[self.architecture].sae, FittedSAE):
+            given = [name for name in ("lr", "k_from", "ema", "resample_every") if getattr(self, name)]
+            if given:
+                raise InputError(f"{self.architecture} is fitted in one pass, without gradient: leave out {given[0]}.")
         if self.k_from is not None and "k" not in self.sizes:
             raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
-        if self.sparsity_warmup and "k" in self.sizes:
+        if self.sparsity_warmup and "k" in self.sizes and not REGISTRY[self.architecture].sae.penalised:
             raise InputError(f"sparsity_warmup={self.sparsity_warmup}: {self.architecture} has no penalty; use k_from.")
+
+    def _check_hooks(self) -> None:
+        kind, name = REGISTRY[self.architecture].sae, self.architecture
+        if self.hooks and (self.hooks[0] != self.hook or len({*self.hooks}) < max(len(self.hooks), 2)):
+            raise InputError(f"hooks={self.hooks}: expected several hooks, each once, and {self.hook} first.")
+        if (kind.target == "hook") != bool(self.target_hooks):
+            takes = "predicts other hooks: name them with" if kind.target == "hook" else "gives back what it reads: no"
+            raise InputError(f"{name} {takes} --target-hook.")
+        if (kind.target == "error") != (self.base is not None):
+            takes = "learns what a dictionary left over: name it with" if kind.target == "error" else "has no"
+            raise InputError(f"{name} {takes} --base.")
+        if self.hooks and not kind.joint and (kind.target != "x" or issubclass(kind, FittedSAE)):
+            raise InputError(f"{name} reads one hook, not {len(self.hooks)}.")
+        if self.hooks and self.order == "stream":
+            raise InputError("Several hooks are read from complete caches: leave out --live.")
+        if self.resample_every is not None and not kind.centres:
+            raise InputError(f"resample_every={self.resample_every}: {name} has none; its AuxK revives latents.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The hooks that are read."""
+        return self.hooks or (self.hook,)
+
+    @property
+    def rows(self) -> str:
+        """What its training rows are made of; dictionaries with the same rows are trained in one pass."""
+        kind = REGISTRY[self.architecture].sae
+        reads = (" + " if kind.joint else " | ").join(self.reads)
+        return " > ".join([reads, *self.target_hooks]) + (" gradient" if kind.weighs_gradient else "")
 
     @property
     def n_steps(self) -> int:
@@ -93,7 +135,7 @@ class Training:
     def config(self, d_in: int) -> Config:
         """The architecture's config. Raises InputError for sizes that cannot be."""
         try:
-            config = REGISTRY[self.architecture].config(d_in=d_in, **self.sizes)
+            config = REGISTRY[self.architecture].config(d_in=d_in, **fields_from(self.sizes))
         except (TypeError, ConfigError) as error:
             raise InputError(f"{self.architecture}: {error}") from None
         if self.k_from is not None and not self.sizes["k"] <= self.k_from <= config.d_sae:
@@ -120,15 +162,22 @@ class Training:
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents are resampled after this step."""
-        if self.resample_every is None or step + 1 > self.n_steps // 2:
+        times = REGISTRY[self.architecture].resamplings
+        every = self.resample_every or (self.n_tokens // (2 * times) if times else None)
+        if every is None or step + 1 > self.n_steps // 2:
             return False
-        return (step + 1) % max(self.resample_every // self.batch, 1) == 0
+        return (step + 1) % max(every // self.batch, 1) == 0
 
     def _rise(self, step: int, share: float) -> float:
         return min((step + 1) / max(share * self.n_steps, 1), 1.0)
 
 
 def default_name(settings: Training) -> str:
-    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none."""
+    """HOOK-ARCH-dN-kK-sSEED, the name of a dictionary that is given none.
+
+    HOOK+N stands for N hooks after the first, HOOK-to-TARGET for a prediction.
+    """
     sparsity = settings.sizes[REGISTRY[settings.architecture].sparsity]
-    return f"{settings.hook}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"
+    more = f"+{len(settings.reads) - 1}" if settings.hooks else ""
+    more += f"-to-{settings.target_hooks[0]}" if settings.target_hooks else ""
+    return f"{settings.hook}{more}-{settings.architecture}-d{settings.sizes['d_sae']}-k{sparsity:g}-s{settings.seed}"

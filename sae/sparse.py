@@ -3,7 +3,8 @@
 With k of d_sae latents active, decoding and both weight gradients cost k / d_sae of their dense form; only the
 encoder's forward product stays dense. Decoding sums a few rows of W_dec for each row of the batch; a weight gradient
 sums a few rows of the batch for each latent, once the entries are sorted by latent. Both are the same sum, `row_sums`.
-Names: n rows, k places a row. An unused place holds value 0 and any index. `Ragged` codes have no unused places.
+Names: n rows, k places a row. An unused place holds value 0 and any index. `Ragged` codes have no unused places; what
+the products call a flat table is the same in their form: one place a row, and `starts` of the rows that are meant.
 """
 
 import warnings
@@ -47,25 +48,35 @@ def fired(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], d_sae: int)
 
 
 def decode(
-    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], W: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n d"]:
-    """sum_j values[:, j] * W[indices[:, j]], in float32. No gradient."""
+    values: Float[Tensor, "n k"],
+    indices: Int[Tensor, "n k"],
+    W: Float[Tensor, "d_sae d"],
+    starts: Int[Tensor, " _rows_and_1"] | None = None,
+) -> Float[Tensor, "_rows d"]:
+    """sum_j values[:, j] * W[indices[:, j]], in float32. No gradient.
+
+    starts: of a flat table (k = 1), whose entries starts[r] to starts[r + 1] are those of row r.
+    """
     if kernels.available(W):
         from sae.kernels import codes
 
-        return codes.decode(values, indices, W)
-    return row_sums(ragged(values, indices), W)
+        return codes.decode(values, indices, W, starts)
+    return row_sums(ragged(values, indices, starts), W)
 
 
 def dots(
-    g: Float[Tensor, "n d"], W: Float[Tensor, "d_sae d"], indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"]
+    g: Float[Tensor, "_rows d"],
+    W: Float[Tensor, "d_sae d"],
+    indices: Int[Tensor, "n k"],
+    values: Float[Tensor, "n k"],
+    starts: Int[Tensor, " _rows_and_1"] | None = None,
 ) -> Float[Tensor, "n k"]:
-    """g[n] . W[indices[n, j]] for each place, 0 where `values` is 0, without the dense product."""
+    """g[row] . W[index] for each place, 0 where `values` is 0, without the dense product. starts: as in `decode`."""
     if kernels.available(W):
         from sae.kernels import codes
 
-        return codes.dots(g, W, indices, values)
-    return dots_at(g, W, ragged(values, indices)).view(values.shape) * (values != 0)
+        return codes.dots(g, W, indices, values, starts)
+    return dots_at(g, W, ragged(values, indices, starts)).view(values.shape) * (values != 0)
 
 
 def by_latent(
@@ -88,27 +99,32 @@ def rows(
     coefficients: Float[Tensor, "n k"],
     order: Int[Tensor, " n_times_k"],
     starts: Int[Tensor, " d_sae_plus_1"],
-    y: Float[Tensor, "n d"],
+    y: Float[Tensor, "_rows d"],
+    row_of: Int[Tensor, " n_times_k"] | None = None,
 ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
     """For each latent the sum over its entries of coefficient * y[row of the entry], and of coefficient.
 
-    order, starts: of `by_latent`. In float32.
+    order, starts: of `by_latent`. row_of: the row of y that an entry stands for, if not its own. In float32.
     """
     if kernels.available(y):
         from sae.kernels import codes
 
-        return codes.rows(coefficients, order, starts, y)
+        return codes.rows(coefficients, order, starts, y, row_of)
     sorted_values = coefficients.flatten()[order]
-    places = order.div(coefficients.shape[1], rounding_mode="floor")
+    places = order.div(coefficients.shape[1], rounding_mode="floor") if row_of is None else row_of[order]
     sums = row_sums(Ragged(sorted_values, places, starts), y)
     latents = torch.repeat_interleave(starts.diff(), output_size=len(order))
     totals = sums.new_zeros(len(starts) - 1).index_add_(0, latents, sorted_values)
     return sums, totals
 
 
-def ragged(values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]) -> Ragged:
+def ragged(
+    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], starts: Int[Tensor, " _rows_and_1"] | None = None
+) -> Ragged:
     n, k = values.shape
-    return Ragged(values.flatten(), indices.flatten(), torch.arange(0, n * k + 1, k, device=values.device))
+    if starts is None:
+        starts = torch.arange(0, n * k + 1, k, device=values.device)
+    return Ragged(values.flatten(), indices.flatten(), starts)
 
 
 def row_sums(codes: Ragged, W: Float[Tensor, "columns d"]) -> Float[Tensor, "n d"]:

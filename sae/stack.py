@@ -93,11 +93,12 @@ def _side_by_side(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
 
 
 def _alike(steppers: Sequence[Stepper], everywhere: bool) -> list[list[Stepper]]:
-    """Those whose encoders fit into one product. Who is not k-sparse needs the product's gradient, and stays alone."""
+    """Those whose encoders fit into one product of centred rows. Who is not k-sparse needs its gradient: alone."""
     stacks: dict[object, list[Stepper]] = {}
     for stepper in steppers:
-        shape = (stepper.sae.d_sae, stepper.matmul)
-        fits = isinstance(stepper.sae.cfg, KSparseConfig) and (everywhere or stepper.device.type == "cuda")
+        sae, shape = stepper.sae, (stepper.sae.d_sae, stepper.matmul)
+        plain = isinstance(sae.cfg, KSparseConfig) and sae.has_encoder_rows and sae.centres and not sae.weighs_gradient
+        fits = plain and "W_enc8" not in sae.low and (everywhere or stepper.device.type == "cuda")
         stacks.setdefault(shape if fits else stepper, []).append(stepper)
     return list(stacks.values())
 

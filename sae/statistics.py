@@ -14,7 +14,8 @@ def latent_statistics(
 ) -> list[Statistics]:
     """Density, max and min of each dictionary's latents over the first `n_tokens` ordinary tokens of the cache.
 
-    The cache is read once for all. On a mesh all processes call this together, and the leader's are whole.
+    Rows may go on behind what the dictionaries read (`sae.rows`). The cache is read once for all.
+    On a mesh all processes call this together, and the leader's are whole.
     """
     device = saes[0].W_dec.device
     counts = [torch.zeros(sae.n_held, device=device) for sae in saes]
@@ -24,7 +25,7 @@ def latent_statistics(
         for rows in cache.rows(i)[cache.mask(i)][: n_tokens - seen].split(batch):
             x = rows.to(device, torch.float32)
             for sae, count, high, low in zip(saes, counts, highs, lows, strict=True):
-                values, indices = sae.encode_sparse(x)
+                values, indices = sae.encode_sparse(x[:, : sae.d_in])
                 flat, where = values.flatten(), indices.flatten()
                 count.index_add_(0, where, (flat != 0).to(count.dtype))
                 high.scatter_reduce_(0, where, flat, "amax")

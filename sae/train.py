@@ -19,19 +19,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from activations.cache import Activations, CachedActivations, scale_of
+from activations.cache import Activations, CachedActivations
 from activations.errors import InputError
 from activations.files import lock, read_json, write_json, writing
+from activations.joined import Pooled, Several
 from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
 from activations.shuffle import START, Shuffled
 from sae import checkpoint
+from sae.base import FittedSAE, fields_from
 from sae.checkpoint import Place
-from sae.files import CFG, save_sae
+from sae.files import CFG, load_sae, save_sae
+from sae.fit import fit
+from sae.frozen import FrozenBase
 from sae.monitor import Bar, Monitor
 from sae.parallel import ALONE, Mesh
 from sae.plan import check_memory
 from sae.registry import REGISTRY
+from sae.rows import columns_of, rows_for, scales_of, width_read
 from sae.settings import Training, default_name
 from sae.stack import Together
 from sae.statistics import latent_statistics
@@ -53,17 +58,18 @@ def train(
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
     keep: int = 2,
-    source: Activations | None = None,
+    source: Activations | Mapping[str, Activations] | None = None,
     track: Sequence[str] = (),
     mesh: Mesh = ALONE,
 ) -> Path:
     """Train one dictionary on the run's activations; returns its folder. See `train_together`.
 
     name: the dictionary's ID, by default `default_name`. source: where the rows come from, in the order "stream": the
-    model itself (`LiveActivations`), or a cache that is still growing; None takes the run's complete cache.
+    model itself (`LiveActivations`), or a cache that is still growing; by hook where there are several. What is not
+    given is the run's complete cache.
     """
     together = {name or default_name(settings): settings}
-    sources = None if source is None else {settings.hook: source}
+    sources = {settings.hook: source} if isinstance(source, Activations) else source
     done = train_together(
         run,
         together,
@@ -124,10 +130,12 @@ def train_together(
             return left
 
         def begin() -> list[tuple[int, list[str]]]:
-            passes = list(_passes(left, folders))
-            for _, names in passes:
+            passes = list(_passes({name: plan for name, plan in left.items() if name not in fitted}, folders))
+            for _, names in [*passes, *((0, [name]) for name in fitted)]:
                 cells = [left[name] for name in names]
-                d_in = rows_at[cells[0].hook].d_in
+                d_in = width_read(cells[0], rows_at[cells[0].rows])
+                for cell in cells:
+                    _check_float8(cell, d_in, where, mesh)
                 check_memory(cells, d_in, where, shards=mesh.n_latents, rows=mesh.n_rows)
             for name, plan in left.items():
                 if not (folders[name] / BEGUN).exists():
@@ -136,12 +144,16 @@ def train_together(
 
         left = {name: plans[name] for name in ranks.by_leader(unfinished)}
         rows_at = ranks.together(lambda: _opened(run, left, sources or {}, mesh))
+        fitted = [name for name, plan in left.items() if issubclass(REGISTRY[plan.architecture].sae, FittedSAE)]
         passes = ranks.by_leader(begin)
         ranks.together(lambda: _check_one_folder(folders[name] for name in left))
         outcomes = {name: Outcome(folder) for name, folder in folders.items()}
+        for name in fitted:
+            source = rows_at[left[name].rows]
+            outcomes[name] = _fit(run, name, left[name], source, where, checkpoint_seconds, keep, track, mesh)
         for start, names in passes:
             together = {name: left[name] for name in names}
-            source = rows_at[together[names[0]].hook]
+            source = rows_at[together[names[0]].rows]
             outcomes |= _train_pass(run, together, source, start, where, checkpoint_seconds, keep, track, mesh)
         ranks.barrier()  # the files are there for whoever goes on
     return outcomes
@@ -158,7 +170,7 @@ def _train_pass(
     track: Sequence[str],
     mesh: Mesh,
 ) -> dict[str, Outcome]:
-    """Train dictionaries of one hook from step `start` on, of which all have a checkpoint if it is not 0."""
+    """Train dictionaries of the same rows from step `start` on, of which all have a checkpoint if it is not 0."""
     folders = {name: run.dictionary(name) for name in plans}
     common, ranks = next(iter(plans.values())), mesh.ranks
     batches = Shuffled(
@@ -174,16 +186,24 @@ def _train_pass(
     with ExitStack() as stack:
         if start:
             folder = next(iter(folders.values()))
-            _, cursor, scale = ranks.by_leader(lambda: checkpoint.read_place(folder, start))
+            cursor, scales = ranks.by_leader(lambda: checkpoint.read_place(folder, start))[1:]
+            scales = scales[: len(source.parts)]
         else:
-            cursor, scale = START, ranks.by_leader(lambda: _scale(source, common.order))
-            first = _first_rows(batches, source.hook, mesh) * scale
+            cursor, scales = START, tuple(ranks.by_leader(lambda: scales_of(source, common.order)))
+        scale = columns_of(source, scales)
+        first = None if start else _first_rows(batches, source.hook, mesh) * scale
         steppers: dict[str, Stepper] = {}
         for name, plan in plans.items():
-            sae = REGISTRY[plan.architecture].sae(plan.config(source.d_in), mesh)
-            if not start:
-                sae.initialise(first, plan.seed)
-            steppers[name] = stepper = Stepper(sae.to(where), plan, scale)
+            d_in = width_read(plan, source)
+            sae = REGISTRY[plan.architecture].sae(plan.config(d_in), mesh)
+            base = _base(run, plan, folders[name], scales[0], first, start)
+            if first is not None:
+                x = first[:, :d_in]
+                sae.initialise(x, plan.seed)
+                if sae.target != "x":
+                    target = first[:, d_in : d_in + sae.d_out] if base is None else base.error(x)
+                    sae.initialise_output(x, target)
+            steppers[name] = stepper = Stepper(sae.to(where), plan, scale, base and base.to(where))
             if start:
                 ranks.together(partial(checkpoint.restore, folders[name], start, stepper.tensors))
             stepper.restored(start)
@@ -219,7 +239,8 @@ def _train_pass(
                 # Only here, where the dead were just counted: a resumed run counts the same ones.
                 if ranks.from_leader(time.monotonic() - saved > checkpoint_seconds):
                     for name, stepper in steppers.items():
-                        place = Place(step, cursor, stepper.scale)
+                        factor = () if stepper.base is None else (stepper.base.factor,)
+                        place = Place(step, cursor, (*scales, *factor))
                         checkpoint.save(folders[name], stepper.tensors, place, _facts(stepper.settings), mesh)
                     if mesh.leads:  # after all have saved: a step in common stays
                         for folder in folders.values():
@@ -229,7 +250,7 @@ def _train_pass(
 
         finished = [stepper.finish() for stepper in steppers.values()]
         for name, sae, statistics in zip(steppers, finished, latent_statistics(finished, source), strict=True):
-            sae.metadata, sae.statistics = _metadata(run, plans[name]), statistics
+            sae.metadata, sae.statistics = _metadata(run, plans[name], source), statistics
             save_sae(sae, folders[name])
             if mesh.leads:
                 logs[name].finish()
@@ -237,9 +258,50 @@ def _train_pass(
     return {name: Outcome(folder, n_tokens, seconds) for name, folder in folders.items()}
 
 
+def _fit(
+    run: Run,
+    name: str,
+    plan: Training,
+    source: Activations,
+    where: torch.device,
+    checkpoint_seconds: float,
+    keep: int,
+    track: Sequence[str],
+    mesh: Mesh,
+) -> Outcome:
+    """Fit a dictionary that has no gradient, in a pass of its own."""
+    began, folder = time.monotonic(), run.dictionary(name)
+    (scale,) = scales_of(source, plan.order)
+    empty = REGISTRY[plan.architecture].sae(plan.config(width_read(plan, source)), mesh).to(where)
+    assert isinstance(empty, FittedSAE)
+    sae, n_tokens = fit(
+        empty,
+        plan,
+        source,
+        scale,
+        folder,
+        _facts(plan),
+        checkpoint_seconds=checkpoint_seconds,
+        keep=keep,
+        track=track,
+    )
+    sae.metadata, (sae.statistics,) = _metadata(run, plan, source), latent_statistics([sae], source)
+    save_sae(sae, folder)
+    return Outcome(folder, n_tokens, time.monotonic() - began)
+
+
 def _with_matmul(settings: Training, where: torch.device) -> Training:
     matmul = settings.matmul or str(fast_dtype(where)).removeprefix("torch.")
     return dataclasses.replace(settings, matmul=matmul)
+
+
+def _check_float8(settings: Training, d_in: int, where: torch.device, mesh: Mesh) -> None:
+    if settings.matmul != "float8":
+        return
+    if where.type != "cuda" or torch.cuda.get_device_capability(where) < (8, 9):
+        raise InputError('matmul="float8" needs a GPU of compute capability 8.9 or more: take "bfloat16".')
+    if d_in % 16 or settings.config(d_in).d_sae % (16 * mesh.n_latents):
+        raise InputError(f'matmul="float8" needs multiples of 16: {d_in} and the latents of a process are not.')
 
 
 def _described(run: Run, plans: Mapping[str, Training]) -> dict[str, Any]:
@@ -263,22 +325,44 @@ def _check_shared(plans: list[Training]) -> None:
 def _opened(
     run: Run, plans: Mapping[str, Training], sources: Mapping[str, Activations], mesh: Mesh
 ) -> dict[str, Activations]:
-    """The rows at each hook, once all sizes are seen to fit. Raises InputError."""
-    rows_at = dict(sources)
+    """The rows of each pass by `Training.rows`, once all sizes are seen to fit. Raises InputError."""
+    rows_at: dict[str, Activations] = {}
     for plan in plans.values():
-        if plan.hook not in rows_at:
-            rows_at[plan.hook] = run.activations(plan.hook, roles=plan.roles)
-        held = mesh.part(plan.config(rows_at[plan.hook].d_in).d_sae)
+        if plan.rows not in rows_at:
+            at = partial(_at, run, sources, plan.roles)
+            rows_at[plan.rows] = rows_for(plan, at)
+        held = mesh.part(plan.config(width_read(plan, rows_at[plan.rows])).d_sae)
         if (k := max(plan.sizes.get("k", 0), plan.k_from or 0)) > held.stop - held.start:
             raise InputError(
                 f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
             )
         if plan.batch % mesh.n_rows:
             raise InputError(f"A batch of {plan.batch} rows cannot be shared by {mesh.n_rows} ranks: change --batch.")
-    for source in rows_at.values():
-        if isinstance(source, CachedActivations):
-            source.check()
+    checked = {id(each): each for source in rows_at.values() for each in _caches(source)}
+    for each in checked.values():
+        if isinstance(each, CachedActivations):
+            each.check()
     return rows_at
+
+
+def _caches(rows: Activations) -> list[Activations]:
+    return rows.sources if isinstance(rows, Several) else [rows]
+
+
+def _at(run: Run, sources: Mapping[str, Activations], roles: Sequence[str], hook: str) -> Activations:
+    return sources[hook] if hook in sources else run.activations(hook, roles=roles)
+
+
+def _base(run: Run, plan: Training, folder: Path, scale: float, first: Tensor | None, start: int) -> FrozenBase | None:
+    """Of a boost in `folder`; from step `start` on, or with the first rows, scaled. Raises InputError."""
+    if plan.base is None:
+        return None
+    sae = load_sae(run.dictionary(plan.base))
+    if (hook := sae.only_hook("A boost")) != plan.hook:
+        raise InputError(f"{plan.base} is a dictionary of {hook}: expected one of {plan.hook}.")
+    if first is None:
+        return FrozenBase(sae, scale, checkpoint.read_place(folder, start).scales[-1])
+    return FrozenBase(sae, scale, x=first)
 
 
 def _check_one_folder(folders: Iterable[Path]) -> None:
@@ -290,11 +374,11 @@ def _check_one_folder(folders: Iterable[Path]) -> None:
 def _passes(plans: Mapping[str, Training], folders: Mapping[str, Path]) -> Iterator[tuple[int, list[str]]]:
     """(step that it goes on from, the dictionaries) of each pass.
 
-    A hook has its own, since which rows are ordinary differs between hooks. At a hook, the step that most of the
+    Each make of rows has its own, since which are ordinary differs between hooks. In it, the step that most of the
     dictionaries have a checkpoint of comes first, of those the newest; new ones are at step 0.
     """
-    for hook in dict.fromkeys(plan.hook for plan in plans.values()):
-        names = [name for name, plan in plans.items() if plan.hook == hook]
+    for rows in dict.fromkeys(plan.rows for plan in plans.values()):
+        names = [name for name, plan in plans.items() if plan.rows == rows]
         left = {name: set(checkpoint.steps_of(folders[name])) or {0} for name in names}
         while left:
             counts = Counter(step for steps in left.values() for step in steps)
@@ -302,13 +386,6 @@ def _passes(plans: Mapping[str, Training], folders: Mapping[str, Path]) -> Itera
             there = [name for name in left if start in left[name]]
             yield start, there
             left = {name: steps for name, steps in left.items() if name not in there}
-
-
-def _scale(source: Activations, order: str) -> float:
-    """What rows are multiplied by, so that their mean norm is sqrt(d_in)."""
-    if order == "shuffled" and isinstance(source, CachedActivations):
-        return scale_of(source.moments)
-    return scale_of(source.opening_moments)  # whether or not the other shards are there by now
 
 
 def _first_rows(batches: Shuffled, hook: str, mesh: Mesh) -> Tensor:
@@ -333,7 +410,7 @@ def begun_with(folder: Path) -> Training | None:
     begun = read_json(path)
     known = {field.name: begun[field.name] for field in dataclasses.fields(Training) if field.name in begun}
     try:
-        return Training(**{**known, "roles": tuple(known.get("roles", ()))})
+        return Training(**fields_from(known))
     except (TypeError, InputError) as error:
         raise InputError(f"{path} is damaged or of another version ({error}): train with --overwrite.") from None
 
@@ -353,8 +430,8 @@ def _is_finished(folder: Path, settings: Training) -> bool:
     return (folder / CFG).exists()
 
 
-def _metadata(run: Run, settings: Training) -> dict[str, Any]:
-    return {
+def _metadata(run: Run, settings: Training, rows: Activations) -> dict[str, Any]:
+    known: dict[str, Any] = {
         "model_name": run.meta["model"],
         "model_revision": run.meta["revision"],
         "hook_name": settings.hook,
@@ -363,6 +440,17 @@ def _metadata(run: Run, settings: Training) -> dict[str, Any]:
         "prepend_bos": False,
         "sae_workbench_version": run.meta.get("sae-workbench", ""),
     }
+    if isinstance(rows, CachedActivations) and rows.heads:
+        known["heads"] = rows.heads
+    if settings.hooks:
+        known["hook_names"] = list(settings.hooks)
+    if isinstance(rows, Pooled):
+        known["hook_factors"] = rows.factors
+    if settings.target_hooks:
+        known |= {"hook_name_out": settings.target_hooks[0], "hook_names_out": list(settings.target_hooks)}
+    if settings.base is not None:
+        known["base"] = settings.base
+    return known
 
 
 def _check_finite(figures: dict[str, float], step: int, folder: Path, mesh: Mesh) -> None:

@@ -192,7 +192,8 @@ class SteeringVector:
 
 
 def check_latent(sae: SAE, feature: int) -> None:
-    """Raise InputError when the dictionary has no such latent."""
+    """Raise InputError when the dictionary has no such latent, or does not give back the one hook it reads."""
+    sae.only_hook("Steering")
     if not 0 <= feature < sae.d_sae:
         raise InputError(f"There is no latent {feature}: expected 0 to {sae.d_sae - 1}, the latents of {address(sae)}.")
 

@@ -1,6 +1,6 @@
 """A tiny random language model and a tiny run folder of planted activations: fast, and known in every number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from activations.capture import Part, write_rows
 from activations.run import Run
 from activations.shards import Shards
 from activations.tokens import Tokens, to_disk
+from data.planted import WorldConfig, build_world
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -47,25 +48,35 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False) -> None:
-    """Put rows and their tokens into a run as its cache at HOOK, the way a capture does."""
+def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False, hook: str = HOOK) -> None:
+    """Put rows and their tokens into a run as its cache at `hook`, the way a capture does."""
     folder = run.path / "activations"
     tokens, parts = Shards(folder / "tokens"), []
     for i, (columns, rows) in enumerate(shards):
         tokens.write(i, to_disk(columns))
-        parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {HOOK: rows}))
+        parts.append(Part(i, columns.positions, lambda _hooks, _tell, rows=rows: {hook: rows}))
     tokens.finish(len(shards))
     first = shards[0][1]
     dtype = str(first.dtype).removeprefix("torch.")
-    facts = {"hook": HOOK, "dtype": dtype, "gradients": False, "d_in": first.shape[1], "heads": None}
+    facts = {"hook": hook, "dtype": dtype, "gradients": False, "d_in": first.shape[1], "heads": None}
     n_tokens = sum(len(rows) for _, rows in shards)
-    caches = {HOOK: Shards(folder / HOOK)}
-    write_rows(caches, parts, {HOOK: facts}, n_tokens=n_tokens, skip_first=True, find_sinks=find_sinks)
+    caches = {hook: Shards(folder / hook)}
+    write_rows(caches, parts, {hook: facts}, n_tokens=n_tokens, skip_first=True, find_sinks=find_sinks)
 
 
-def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int = 512, n_docs: int = 40) -> Run:
-    """A run whose cache holds `rows` at HOOK: no sinks, contexts of 16, documents spread evenly."""
-    n = len(rows) // context * context
+def planted_run(
+    path: Path,
+    rows: Tensor | Mapping[str, Tensor],
+    *,
+    context: int = 16,
+    per_shard: int = 512,
+    n_docs: int = 40,
+    first_id: int = 0,
+) -> Run:
+    """A run whose cache holds `rows` at HOOK, or at each of several hooks: no sinks, contexts of 16, documents spread
+    evenly, token ids counted from `first_id`."""
+    at_hooks = {HOOK: rows} if isinstance(rows, Tensor) else rows
+    n = len(next(iter(at_hooks.values()))) // context * context
     run = Run.create(
         path,
         model="none",
@@ -77,20 +88,31 @@ def planted_run(path: Path, rows: Tensor, *, context: int = 16, per_shard: int =
         n_tokens=n,
     )
     row = torch.arange(n, dtype=torch.int32)
-    whole = Tokens(ids=row % 101, docs=row // context % n_docs, positions=row % context)
+    whole = Tokens(ids=(row + first_id) % 101, docs=row // context % n_docs, positions=row % context)
     parts = [slice(at, min(at + per_shard, n)) for at in range(0, n, per_shard)]
-    plant(run, [(Tokens(*(x[part] for x in whole[:3])), rows[part]) for part in parts])
+    for hook, here in at_hooks.items():
+        plant(run, [(Tokens(*(x[part] for x in whole[:3])), here[part]) for part in parts], hook=hook)
     return run
 
 
 def planted_rows(n: int, d: int, n_true: int, l0: int, *, signed: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(rows, true unit directions): each row is `l0` directions with sizes 1 to 2, of either sign when `signed`."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(n_true, d, generator=generator)
-    directions /= directions.norm(dim=1, keepdim=True)
-    chosen = torch.rand(n, n_true, generator=generator).topk(l0, dim=1).indices
-    sizes = 1 + torch.rand(n, l0, generator=generator)
-    if signed:
-        sizes = sizes * (torch.randint(0, 2, (n, l0), generator=generator) * 2 - 1)
-    rows = torch.zeros(n, n_true).scatter_(1, chosen, sizes) @ directions
-    return rows + 0.01 * torch.randn(n, d, generator=generator), directions
+    """(rows, true unit directions): each row is about `l0` directions with sizes near 1.5, of either sign when
+    `signed`, and some noise; all directions are as frequent."""
+    world = build_world(
+        WorldConfig(
+            n_features=n_true,
+            d_in=d,
+            max_prob=l0 / n_true,
+            min_prob=l0 / n_true,
+            n_trees=0,
+            rank=0,
+            signed=signed,
+            sizes=(1.5, 1.5),
+            spread=0.3,
+            orthogonal_steps=0,
+            bias=0.0,
+            noise=0.01,
+            seed=seed,
+        )
+    )
+    return world.sample(n, torch.Generator().manual_seed(seed))[0], world.directions

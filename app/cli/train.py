@@ -12,7 +12,11 @@ from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_optio
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--arch", show_default="topk", help="topk, jumprelu or abstopk.")
-@click.option("--hook", show_default="the run's only hook", help="Where its activations were read.")
+@click.option(
+    "--hook", multiple=True, show_default="the run's only hook", help="Where its activations were read; repeatable."
+)
+@click.option("--target-hook", multiple=True, help="Transcoders: what they predict; repeatable for clt.")
+@click.option("--base", metavar="ID", help="boost: the dictionary of RUN whose error it learns.")
 @click.option("--name", show_default="HOOK-ARCH-dN-kK-sSEED", help="ID of the dictionary.")
 @click.option("--d-sae", type=COUNT, help="Number of latents.")
 @click.option("--expansion", type=click.IntRange(1), show_default="8", help="Latents, in widths of the hook.")
@@ -33,7 +37,7 @@ from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_optio
 @click.option("--resample-every", type=COUNT, show_default="never", help="Tokens between resamplings of the dead.")
 @click.option(
     "--matmul",
-    metavar="float32|bfloat16",
+    metavar="float32|bfloat16|float8",
     show_default="the machine's faster",
     help="Precision of the wide products.",
 )

@@ -19,6 +19,9 @@ def baselines(subject: Subject) -> dict[str, Metric]:
         found |= {f"control.{name}.{key}": measured[key] for key in SHOWN}
     if subject.model is not None:
         changes: dict[str, Change] = {name: each.reconstruct for name, each in made.items()}
-        losses = splice_losses(changes, subject.model, subject.cache, n_contexts=options.contexts, seed=options.seed)
+        at = [subject.cache]
+        (losses,) = splice_losses(
+            changes, subject.model, at, at, n_contexts=options.contexts, seed=options.seed
+        ).values()
         found |= {f"control.{name}.delta_ce": delta_ce(losses, name, options.seed) for name in made}
     return found

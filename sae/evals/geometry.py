@@ -43,7 +43,7 @@ def geometry(sae: SAE, *, chunk: int = 1024) -> dict[str, Metric]:
             value=total / max(d_sae * (d_sae - 1), 1), n=d_sae, of=of, definition="mean |cosine| of two decoder rows"
         ),
     }
-    if sae.W_enc.shape == sae.W_dec.T.shape:
+    if sae.has_encoder_rows and sae.target == "x":
         agree = cosine_similarity(sae.W_enc.T.float(), rows, dim=1)
         found["geometry.encoder_decoder"] = Metric(
             value=float(agree.mean()),

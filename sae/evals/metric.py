@@ -1,7 +1,8 @@
 """A number with its definition: what eval.json is made of."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import mean
 
 import numpy as np
 
@@ -38,3 +39,18 @@ def mean_of(each: np.ndarray, *, of: str, definition: str, seed: int) -> Metric:
     """The mean over units, with its bootstrap interval."""
     lo, hi = bootstrap(len(each), lambda drawn: float(each[drawn].mean()), seed)
     return Metric(value=float(each.mean()), n=len(each), of=of, definition=definition, lo=lo, hi=hi, seed=seed)
+
+
+def over_hooks(each: Mapping[str, Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of a dictionary that gives back several hooks, from those of each: the mean under the metric's name,
+    and each under "NAME HOOK". Those of one hook stay as they are."""
+    by_hook = list(each.values())
+    if len(by_hook) == 1:
+        return dict(by_hook[0])
+    made = {}
+    for name, first in by_hook[0].items():
+        value = mean(metrics[name].value for metrics in by_hook)
+        text = f"mean over {len(by_hook)} hooks of: {first.definition}"
+        made[name] = replace(first, value=value, definition=text, lo=None, hi=None)
+        made |= {f"{name} {hook}": metrics[name] for hook, metrics in each.items()}
+    return made

@@ -5,26 +5,28 @@ leads; the CE score is against mean ablation, since zero ablation breaks the mod
 near 1 (it is given too, for comparison with what others print).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from activations.cache import CachedActivations, held_out
+from activations.cache import Activations, CachedActivations, held_out
 from activations.model import Model
-from activations.splice import Where, replace
+from activations.splice import Where, read, replace
 from sae.base import SAE
-from sae.evals.metric import Metric, bootstrap
+from sae.evals.metric import Metric, bootstrap, over_hooks
+from sae.rows import parts_given_back, parts_read
 
 _PADDING = -1
 
-Change = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+Change = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_out"]]
+"""From the rows that are read, side by side, to those that take the place of what is given back."""
 
 
 class Losses(NamedTuple):
@@ -37,60 +39,74 @@ class Losses(NamedTuple):
 
 
 def splice_loss(
-    sae: SAE, model: Model, cache: CachedActivations, *, n_contexts: int = 64, batch: int = 8, seed: int = 0
+    sae: SAE, model: Model, rows: Activations, *, n_contexts: int = 64, batch: int = 8, seed: int = 0
 ) -> dict[str, Metric]:
     """CE of the clean, spliced, mean-ablated and zero-ablated model, and KL(clean | spliced), per predicted token.
 
+    rows: as the dictionary was trained on (`sae.rows`). Of a dictionary that gives back several hooks, each is spliced
+    by itself, and the mean is given too.
     n_contexts: how many contexts, drawn with `seed`, those that begin in a held-out document first.
     """
-    changes: dict[str, Change] = {"spliced": sae.reconstruct, "mean": to_mean(model, cache), "zero": torch.zeros_like}
-    losses = splice_losses(changes, model, cache, n_contexts=n_contexts, batch=batch, seed=seed)
-    return _metrics(losses, seed)
-
-
-def to_mean(model: Model, cache: CachedActivations) -> Change:
-    """Every row to the mean of the ordinary rows."""
-    mean = cache.mean.to(model.device)
-    return lambda x: mean.expand_as(x)
+    reads, gives = parts_read(sae, rows), parts_given_back(sae, rows)
+    mean = torch.cat([part.mean for part in gives]).to(model.device)
+    changes: dict[str, Change] = {
+        "spliced": sae.reconstruct,
+        "mean": lambda x: mean.expand(len(x), -1),
+        "zero": lambda x: x.new_zeros(len(x), len(mean)),
+    }
+    losses = splice_losses(changes, model, reads, gives, n_contexts=n_contexts, batch=batch, seed=seed)
+    return over_hooks({hook: _metrics(each, seed) for hook, each in losses.items()})
 
 
 @torch.inference_mode()
 def splice_losses(
     changes: Mapping[str, Change],
     model: Model,
-    cache: CachedActivations,
+    reads: Sequence[CachedActivations],
+    gives: Sequence[CachedActivations],
     *,
     n_contexts: int = 64,
     batch: int = 8,
     seed: int = 0,
-) -> Losses:
-    """The model's losses with ordinary rows changed at the cache's hook, in each of several ways, on the same contexts.
+) -> dict[str, Losses]:
+    """The model's losses with the ordinary rows of one hook changed, in each of several ways, on the same contexts; by
+    hook.
 
+    reads: the hooks that changes are made from, as the clean model has them. gives: those that they are of.
     n_contexts, seed: of `splice_loss`.
     """
-    contexts = contexts_of(cache, n_contexts, seed)
+    contexts = contexts_of(reads[0], n_contexts, seed)
     clean_ce: list[Tensor] = []
-    ce: dict[str, list[Tensor]] = {name: [] for name in changes}
-    kl: dict[str, list[Tensor]] = {name: [] for name in changes}
+    ce: dict[str, dict[str, list[Tensor]]] = {part.hook: {name: [] for name in changes} for part in gives}
+    kl: dict[str, dict[str, list[Tensor]]] = {part.hook: {name: [] for name in changes} for part in gives}
     for first in tqdm(range(0, len(contexts), batch), desc="splice", unit="batch", disable=None):
         ids = pad_sequence(contexts[first : first + batch], batch_first=True, padding_value=_PADDING).to(model.device)
         target = ids[:, 2:]
         # Padding stands on the right, where a causal model does not see it from the tokens that count.
         ids = ids.clamp(min=0)
-        clean = log_softmax(model(ids)[:, 1:-1].float(), -1)
+        with read(model, [part.hook for part in reads]) as got:
+            clean = log_softmax(model(ids)[:, 1:-1].float(), -1)
         clean_ce.append(_ce(clean, target))
+        rows = [got[part.hook].float() for part in reads]
+        sinks = [x.norm(dim=-1) > part.sink_threshold for x, part in zip(rows, reads, strict=True)]
+        keep, x = torch.stack(sinks).any(dim=0), torch.cat(rows, dim=-1).flatten(0, 1)
         for name, change in changes.items():
-            with replace(model, cache.hook, _on_ordinary(change, cache.sink_threshold)):
-                changed = log_softmax(model(ids)[:, 1:-1].float(), -1)
-            ce[name].append(_ce(changed, target))
-            divergence = kl_div(changed, clean, reduction="none", log_target=True).sum(-1)
-            kl[name].append(_mean_of_real(divergence, target))
-    return Losses(
-        clean=torch.cat(clean_ce).numpy(),
-        ce={name: torch.cat(parts).numpy() for name, parts in ce.items()},
-        kl={name: torch.cat(parts).numpy() for name, parts in kl.items()},
-        n_tokens=sum(len(ids) - 2 for ids in contexts),
-    )
+            new = change(x).unflatten(0, ids.shape)
+            for part, own in zip(gives, new.split([part.d_in for part in gives], dim=-1), strict=True):
+                with replace(model, part.hook, _on_ordinary(own, part.sink_threshold, keep)):
+                    changed = log_softmax(model(ids)[:, 1:-1].float(), -1)
+                ce[part.hook][name].append(_ce(changed, target))
+                divergence = kl_div(changed, clean, reduction="none", log_target=True).sum(-1)
+                kl[part.hook][name].append(_mean_of_real(divergence, target))
+    return {
+        part.hook: Losses(
+            clean=torch.cat(clean_ce).numpy(),
+            ce={name: torch.cat(parts).numpy() for name, parts in ce[part.hook].items()},
+            kl={name: torch.cat(parts).numpy() for name, parts in kl[part.hook].items()},
+            n_tokens=sum(len(ids) - 2 for ids in contexts),
+        )
+        for part in gives
+    }
 
 
 def delta_ce(losses: Losses, name: str, seed: int) -> Metric:
@@ -103,11 +119,15 @@ def delta_ce(losses: Losses, name: str, seed: int) -> Metric:
     )
 
 
-def _on_ordinary(change: Change, sink_threshold: float) -> Callable[[Tensor, Where], Tensor]:
+def _on_ordinary(
+    new: Float[Tensor, "batch time d"], sink_threshold: float, keep: Bool[Tensor, "batch time"]
+) -> Callable[[Tensor, Where], Tensor]:
+    """The edit that puts `new` in the place of ordinary rows. keep: rows that are no ordinary ones elsewhere."""
+
     def edit(x: Tensor, where: Where) -> Tensor:
         rows = x.float()
-        keep = (where.positions <= 0) | (rows.norm(dim=-1) > sink_threshold)
-        return torch.where(keep[..., None], rows, change(rows.flatten(0, 1)).view_as(rows))
+        stay = keep | (where.positions <= 0) | (rows.norm(dim=-1) > sink_threshold)
+        return torch.where(stay[..., None], rows, new)
 
     return edit
 
@@ -165,7 +185,7 @@ def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
             clean, spliced, ablated = (
                 float(each[drawn].mean()) for each in (losses.clean, losses.ce["spliced"], losses.ce[against])
             )
-            return (ablated - spliced) / (ablated - clean)
+            return (ablated - spliced) / (ablated - clean) if ablated != clean else 0.0  # there is nothing to win
 
         return _metric(losses, definition, value, seed)
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from activations.cache import CachedActivations
+from activations.cache import Activations, CachedActivations
 from activations.model import Model
 from sae.base import SAE
 
@@ -53,6 +53,9 @@ class Subject:
 
     sae: SAE
     cache: CachedActivations
+    """Of the hook that it reads, of the first of several."""
+    rows: Activations | None = None
+    """What it is trained on, where that is several hooks side by side (`sae.rows`); None: the cache."""
     model: Model | None = None
     """None for a run of vectors."""
     against: Other | None = None

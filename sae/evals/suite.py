@@ -4,15 +4,16 @@ Running one metric keeps the others' numbers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from activations.cache import SINK_FACTOR, CachedActivations
+from activations.cache import SINK_FACTOR, Activations, CachedActivations
 from activations.errors import InputError
 from activations.files import read_json, write_json
 from activations.model import Model
 from activations.run import Run, dictionary_folder, versions
+from sae.base import SAE
 from sae.evals.ablation import ablation
 from sae.evals.absorption import absorption
 from sae.evals.baselines import baselines
@@ -21,7 +22,7 @@ from sae.evals.dark_matter import dark_matter
 from sae.evals.density import density
 from sae.evals.explainability import explainability
 from sae.evals.geometry import geometry
-from sae.evals.metric import Metric
+from sae.evals.metric import Metric, over_hooks
 from sae.evals.polysemy import polysemy
 from sae.evals.probing import compared, probing
 from sae.evals.reconstruction import reconstruction
@@ -30,6 +31,9 @@ from sae.evals.stability import stability
 from sae.evals.subject import Options, Other, Subject
 from sae.evals.universality import universality
 from sae.files import load_sae
+from sae.frozen import stitched
+from sae.rows import parts_read, rows_for
+from sae.train import begun_with
 
 EVAL = "eval.json"
 
@@ -40,7 +44,8 @@ class Entry(NamedTuple):
     measure: Callable[[Subject], dict[str, Metric]]
     needs: tuple[str, ...]
     """Beyond the weights: "cache", "model" ("model?": measures more with one), "against" (another dictionary), "sets"
-    (labelled texts), "senses"."""
+    (labelled texts), "senses"; "one hook": dictionaries that read and give back one. What needs no cache is of the
+    weights alone, and taken once where a dictionary is measured at several hooks."""
     cheap: bool
     """Runs when no metric is named, where what it needs is there."""
 
@@ -77,26 +82,30 @@ def _universality(subject: Subject) -> dict[str, Metric]:
 def _splice(subject: Subject) -> dict[str, Metric]:
     assert subject.model is not None
     options = subject.options
-    return splice_loss(subject.sae, subject.model, subject.cache, n_contexts=options.contexts, seed=options.seed)
+    return splice_loss(subject.sae, subject.model, _rows(subject), n_contexts=options.contexts, seed=options.seed)
+
+
+def _rows(subject: Subject) -> Activations:
+    return subject.cache if subject.rows is None else subject.rows
 
 
 TABLE: dict[str, Entry] = {
-    "reconstruction": Entry(lambda s: reconstruction(s.sae, s.cache), ("cache",), cheap=True),
+    "reconstruction": Entry(lambda s: reconstruction(s.sae, _rows(s)), ("cache",), cheap=True),
     "density": Entry(lambda s: density(s.sae), (), cheap=True),
     "sinks": Entry(lambda s: sinks(s.cache), ("cache",), cheap=True),
     "geometry": Entry(lambda s: geometry(s.sae), (), cheap=True),
     "cost": Entry(lambda s: cost(s.sae, seed=s.options.seed), (), cheap=True),
     "splice": Entry(_splice, ("cache", "model"), cheap=True),
-    "controls": Entry(baselines, ("cache", "model?"), cheap=False),
-    "probing": Entry(probing, ("cache", "model", "sets"), cheap=False),
+    "controls": Entry(baselines, ("cache", "model?", "one hook"), cheap=False),
+    "probing": Entry(probing, ("cache", "model", "sets", "one hook"), cheap=False),
     "probing_difference": Entry(compared, ("against",), cheap=False),
-    "dark_matter": Entry(lambda s: dark_matter(s.sae, s.cache), ("cache",), cheap=False),
-    "explainability": Entry(explainability, ("cache", "model?"), cheap=False),
-    "ablation": Entry(_ablation, ("cache", "model"), cheap=False),
-    "absorption": Entry(absorption, ("cache", "model"), cheap=False),
-    "polysemy": Entry(polysemy, ("cache", "model", "senses"), cheap=False),
+    "dark_matter": Entry(lambda s: dark_matter(s.sae, s.cache), ("cache", "one hook"), cheap=False),
+    "explainability": Entry(explainability, ("cache", "model?", "one hook"), cheap=False),
+    "ablation": Entry(_ablation, ("cache", "model", "one hook"), cheap=False),
+    "absorption": Entry(absorption, ("cache", "model", "one hook"), cheap=False),
+    "polysemy": Entry(polysemy, ("cache", "model", "senses", "one hook"), cheap=False),
     "stability": Entry(_stability, ("against",), cheap=False),
-    "universality": Entry(_universality, ("cache", "against"), cheap=False),
+    "universality": Entry(_universality, ("cache", "against", "one hook"), cheap=False),
 }
 """name -> how it is measured. The order is that of the output."""
 
@@ -120,14 +129,19 @@ def evaluate(
     """
     check_names(names)
     device = str(model.device) if model is not None else device
+    sae = load_sae(folder, device=device)
+    measured = measured_on(folder, sae)
     subject = Subject(
-        sae=load_sae(folder, device=device),
-        cache=_cache_of(folder),
+        sae=sae,
+        cache=parts_read(*measured[0][1:])[0],
         model=model,
         against=None if against is None else _other(against, device),
         folder=folder,
         options=options,
     )
+    at_hooks = {
+        hook: replace(subject, sae=whole, cache=parts_read(whole, rows)[0], rows=rows) for hook, whole, rows in measured
+    }
     chosen = list(names) or [name for name, row in TABLE.items() if row.cheap and not lacking(subject, name)]
     for name in chosen:
         if what := lacking(subject, name):
@@ -135,10 +149,29 @@ def evaluate(
     found: dict[str, Metric] = {}
     for name in chosen:
         options.say(name)
-        metrics = TABLE[name].measure(subject)
+        measure, needs, _ = TABLE[name]
+        if "cache" in needs:
+            metrics = over_hooks({hook: measure(at_hook) for hook, at_hook in at_hooks.items()})
+        else:
+            metrics = measure(subject)
         _keep(folder / EVAL, name, metrics)
         found |= metrics
     return found
+
+
+def measured_on(folder: Path, sae: SAE) -> list[tuple[str, SAE, Activations]]:
+    """(hook, dictionary, rows) of each measurement of `sae`, trained in `folder` of a run. Raises InputError.
+
+    One that was trained on pooled hooks is measured at each. A boost is measured with the base that it belongs to.
+    """
+    run, settings = Run.open(folder.parent.parent), begun_with(folder)
+    if settings is None:
+        raise InputError(f"{folder} has no train.json that says what it reads: train it with `sae train`.")
+    if settings.hooks and not sae.joint:
+        return [(hook, sae.at(hook), run.activations(hook)) for hook in settings.hooks]
+    if settings.base is not None:
+        sae = stitched(load_sae(run.dictionary(settings.base), device=str(sae.W_dec.device)), sae)
+    return [(settings.hook, sae, rows_for(settings, run.activations))]
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -155,7 +188,10 @@ def reads_model(names: Sequence[str]) -> bool:
 
 
 def lacking(subject: Subject, name: str) -> str | None:
-    """What the metric needs and the subject has not, for a message; None when it can be measured."""
+    """What the metric needs and the subject has not, for a message; None when it can be measured.
+
+    Raises InputError where it takes dictionaries of one hook, and a dictionary is none.
+    """
     needs = TABLE[name].needs
     if "model" in needs and subject.model is None:
         return "the language model, and this run is of vectors: choose another metric"
@@ -163,6 +199,9 @@ def lacking(subject: Subject, name: str) -> str | None:
         return "a dictionary to compare with: add --against RUN/ID"
     if "senses" in needs and not subject.options.senses:
         return "words in their senses: give it contexts"
+    if "one hook" in needs:
+        for sae in (subject.sae, *([] if subject.against is None else [subject.against.sae])):
+            sae.only_hook(f"The metric {name}")
     return None
 
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.dense import FLOAT8, LARGEST, SCALE
+
 TILE, ENTRIES_PER_THREAD = 2048, 16
 """Entries of a program for rows shorter than that, and entries of a thread."""
 STRIP = 16
@@ -29,7 +31,8 @@ def adam_rows(
     eps: float,
     unit: bool,
 ) -> None:
-    """One step of `torch.optim.Adam` in place on w, m, v and `low`, the copy of w in its own precision.
+    """One step of `torch.optim.Adam` in place on w, m, v and `low`, the copy of w in its own precision (in eight bits
+    as `sae.dense.to_float8` makes it).
 
     hyper, on the device in float32: learning rate, 1 - beta1^t, 1 - beta2^t, a factor of the gradient (clipping).
     unit: w has rows of norm 1, and keeps them.
@@ -51,6 +54,8 @@ def adam_rows(
         1 - betas[1],
         eps,
         UNIT=unit,
+        SCALE=SCALE if low is not None and low.dtype == FLOAT8 else None,
+        LARGEST=LARGEST,
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,
@@ -90,6 +95,8 @@ def _adam(
     one_minus_beta2,
     eps,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    LARGEST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -117,6 +124,8 @@ def _adam(
     tl.store(m + at, first, mask=inside)
     tl.store(v + at, second, mask=inside)
     if low is not None:
+        if SCALE is not None:
+            weight = tl.minimum(tl.maximum(weight * SCALE, -LARGEST), LARGEST)
         tl.store(low + at, weight, mask=inside)
 
 

@@ -23,41 +23,52 @@ SEGMENT = 128
 
 
 def decode(
-    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], W: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n d"]:
-    """sum_j values[:, j] * W[indices[:, j]], in float32."""
-    assert all(x.is_contiguous() for x in (values, indices, W))
+    values: Float[Tensor, "n k"],
+    indices: Int[Tensor, "n k"],
+    W: Float[Tensor, "d_sae d"],
+    starts: Int[Tensor, " _rows_and_1"] | None = None,
+) -> Float[Tensor, "_rows d"]:
+    """sum_j values[:, j] * W[indices[:, j]], in float32.
+
+    starts: of a flat table (k = 1), whose entries starts[r] to starts[r + 1] are those of row r.
+    """
+    assert all(x is None or x.is_contiguous() for x in (values, indices, W, starts))
     n, k = values.shape
-    d = W.shape[1]
+    n, d = n if starts is None else len(starts) - 1, W.shape[1]
     out = torch.empty(n, d, dtype=torch.float32, device=W.device)
     block = _block(d, DECODE_BLOCK)
     if n:
         _decode[(n, triton.cdiv(d, block))](
-            values, indices, W, out, k, d, ENTRIES=DECODE_ENTRIES, BLOCK=block, num_warps=DECODE_WARPS
+            values, indices, starts, W, out, k, d, ENTRIES=DECODE_ENTRIES, BLOCK=block, num_warps=DECODE_WARPS
         )
     return out
 
 
 def dots(
-    g: Float[Tensor, "n d"],
+    g: Float[Tensor, "_rows d"],
     W: Float[Tensor, "d_sae d"],
     indices: Int[Tensor, "n k"],
     values: Float[Tensor, "n k"] | None = None,
+    starts: Int[Tensor, " _rows_and_1"] | None = None,
 ) -> Float[Tensor, "n k"]:
-    """g[n] . W[indices[n, j]] for each place in float32; 0 where `values`, if given, is 0."""
-    assert all(x is None or x.is_contiguous() for x in (g, W, indices, values))
+    """g[row] . W[index] for each place in float32; 0 where `values`, if given, is 0, and behind the last row of
+    `starts` (as in `decode`)."""
+    assert all(x is None or x.is_contiguous() for x in (g, W, indices, values, starts))
     n, k = indices.shape
     d = g.shape[1]
     block = _block(d, DOTS_BLOCK)
     span = triton.cdiv(d, block) * block if DOTS_SPAN is None else max(DOTS_SPAN, block)
-    parts = torch.empty(triton.cdiv(d, span), n, k, dtype=torch.float32, device=g.device)
+    make = torch.empty if starts is None else torch.zeros
+    parts = make(triton.cdiv(d, span), n, k, dtype=torch.float32, device=g.device)
     if n:
-        _dots[(n, len(parts))](
+        _dots[(len(g), len(parts))](
             g,
             W,
             indices,
             values,
+            starts,
             parts,
+            n * k,
             k,
             d,
             ENTRIES=DOTS_ENTRIES,
@@ -95,14 +106,16 @@ def rows(
     coefficients: Float[Tensor, "n k"],
     order: Int[Tensor, " n_times_k"],
     starts: Int[Tensor, " d_sae_plus_1"],
-    y: Float[Tensor, "n d"],
+    y: Float[Tensor, "_rows d"],
+    row_of: Int[Tensor, " n_times_k"] | None = None,
 ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
     """For each latent the sum over its entries of coefficient * y[row of the entry], and of coefficient; in float32.
-    order, starts: of `by_latent`. Latents without entries get zeros.
+    order, starts: of `by_latent`. row_of: the row of y that an entry stands for, if not its own. Latents without
+    entries get zeros.
 
     Sums of long lists are made of sums of aligned segments, so that one hot latent keeps no program busy for long.
     """
-    assert all(x is None or x.is_contiguous() for x in (coefficients, order, starts, y))
+    assert all(x is None or x.is_contiguous() for x in (coefficients, order, starts, y, row_of))
     n, k = coefficients.shape
     d, d_sae = y.shape[1], len(starts) - 1
     out = torch.empty(d_sae, d, dtype=torch.float32, device=y.device)
@@ -118,8 +131,12 @@ def rows(
         # The end of the latent to which the first entry of each segment belongs.
         first = torch.arange(0, n_segments * SEGMENT, SEGMENT, device=y.device)
         ends = starts[torch.searchsorted(starts, first, right=True)]
-        _segments[(n_segments, triton.cdiv(d, block))](coefficients, order, ends, y, segments, segment_sums, d, **tiles)
-    _rows[(d_sae, triton.cdiv(d, block))](coefficients, order, starts, y, segments, segment_sums, out, sums, d, **tiles)
+        _segments[(n_segments, triton.cdiv(d, block))](
+            coefficients, order, ends, row_of, y, segments, segment_sums, d, **tiles
+        )
+    _rows[(d_sae, triton.cdiv(d, block))](
+        coefficients, order, starts, row_of, y, segments, segment_sums, out, sums, d, **tiles
+    )
     return out, sums
 
 
@@ -132,15 +149,27 @@ def _block(d: int, preferred: int) -> int:
 
 @triton.jit
 @no_type_check
-def _decode(values, indices, W, out, k, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+def _places_of(row, starts, k):
+    """(first place, number of places) of a row."""
+    if starts is None:
+        return row * k, k
+    else:
+        first = tl.load(starts + row)
+        return first, (tl.load(starts + row + 1) - first).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
+def _decode(values, indices, starts, W, out, k, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
+    first, n_places = _places_of(row, starts, k)
     total = tl.zeros([ENTRIES, BLOCK], tl.float32)
-    for start in range(0, k, ENTRIES):
+    for start in range(0, n_places, ENTRIES):
         place = start + tl.arange(0, ENTRIES)
-        value = tl.load(values + row * k + place, mask=place < k, other=0.0)
-        latent = tl.load(indices + row * k + place, mask=place < k, other=0)
+        value = tl.load(values + first + place, mask=place < n_places, other=0.0)
+        latent = tl.load(indices + first + place, mask=place < n_places, other=0)
         w = tl.load(W + latent[:, None] * d + column[None, :], mask=(value != 0)[:, None] & inside[None, :], other=0.0)
         total += value[:, None] * w.to(tl.float32)
     tl.store(out + row * d + column, tl.sum(total, axis=0), mask=inside)
@@ -148,24 +177,36 @@ def _decode(values, indices, W, out, k, d, ENTRIES: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 @no_type_check
-def _dots(g, W, indices, values, parts, k, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def _dots(
+    g, W, indices, values, starts, parts, n_all, k, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
+    begin, n_places = _places_of(row, starts, k)
     first = tl.program_id(1) * SPAN
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
-    for start in range(0, k, ENTRIES):
+    part = tl.program_id(1).to(tl.int64) * n_all + begin
+    for start in range(0, n_places, ENTRIES):
         place = start + tl.arange(0, ENTRIES)
-        used = place < k
+        used = place < n_places
         if values is not None:
-            used = used & (tl.load(values + row * k + place, mask=used, other=0.0) != 0)
-        latent = tl.load(indices + row * k + place, mask=used, other=0)
+            used = used & (tl.load(values + begin + place, mask=used, other=0.0) != 0)
+        latent = tl.load(indices + begin + place, mask=used, other=0)
         total = tl.zeros([ENTRIES, BLOCK], tl.float32)
-        for begin in range(0, SPAN, BLOCK):
-            column = first + begin + tl.arange(0, BLOCK)
+        for offset in range(0, SPAN, BLOCK):
+            column = first + offset + tl.arange(0, BLOCK)
             inside = column < d
             x = tl.load(g + row * d + column, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(W + latent[:, None] * d + column[None, :], mask=used[:, None] & inside[None, :], other=0.0)
             total += x[None, :] * w.to(tl.float32)
-        tl.store(parts + part * k + place, tl.sum(total, axis=1), mask=place < k)
+        tl.store(parts + part + place, tl.sum(total, axis=1), mask=place < n_places)
+
+
+@triton.jit
+@no_type_check
+def _row(entry, row_of, K: tl.constexpr, mask):
+    if row_of is None:
+        return (entry // K).to(tl.int64)
+    else:
+        return tl.load(row_of + entry, mask=mask, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -174,6 +215,7 @@ def _segments(
     coefficients,
     order,
     ends,
+    row_of,
     y,
     segments,
     segment_sums,
@@ -194,7 +236,7 @@ def _segments(
         for start in range(0, SEGMENT, ENTRIES):
             entry = tl.load(order + first + start + tl.arange(0, ENTRIES)).to(tl.int32)
             c = tl.load(coefficients + entry)
-            row = (entry // K).to(tl.int64)
+            row = _row(entry, row_of, K, entry >= 0)
             x = tl.load(y + row[:, None] * d + column[None, :], mask=(c != 0)[:, None] & inside[None, :], other=0.0)
             total += tl.sum(c[:, None] * x.to(tl.float32), axis=0)
             weights += c
@@ -209,6 +251,7 @@ def _rows(
     coefficients,
     order,
     starts,
+    row_of,
     y,
     segments,
     segment_sums,
@@ -240,7 +283,7 @@ def _rows(
         entry = first + number + tl.where(number < n_before, 0, gap)
         entry = tl.load(order + entry, mask=number < n_single, other=0).to(tl.int32)
         c = tl.load(coefficients + entry, mask=number < n_single, other=0.0)
-        row = (entry // K).to(tl.int64)
+        row = _row(entry, row_of, K, number < n_single)
         x = tl.load(y + row[:, None] * d + column[None, :], mask=(c != 0)[:, None] & inside[None, :], other=0.0)
         total += tl.sum(c[:, None] * x.to(tl.float32), axis=0)
         weights += c

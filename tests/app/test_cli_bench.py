@@ -9,8 +9,12 @@ import click
 import pytest
 import torch
 
+from activations.errors import InputError
 from app.cli.bench import ROOT, benchmarks
-from tests.benchmarks import train
+from data.planted import WorldConfig
+from tests.benchmarks import quality, train
+from tests.benchmarks.synthetic.dictionaries import parsed
+from tests.benchmarks.synthetic.samples import Samples
 from tests.tiny import HOOK, planted_run
 
 SAE = str(Path(sys.executable).with_name("sae"))
@@ -85,3 +89,41 @@ def test_rows_of_a_run_are_taken_as_training_takes_them(capsys, tmp_path):
     assert found["ours"]["d_in"] == 24
     assert found["ours"]["n_rows"] % 64 == 0
     assert 0 < found["ours"]["fvu"] < 2
+
+
+def test_dictionaries_are_judged_against_the_truth_beside_controls(capsys):
+    sizes = ["--d-sae", "64", "--samples", "20k", "--pool", "4096", "--eval-samples", "1024", "--device", "cpu"]
+    ours = ["--ours", "topk:k=4,lr=4e-3", "--ours", "jumprelu:k=6,batch=256", "--seeds", "0,1"]
+    quality.main(["--judge", "ours", *sizes, *ours])
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    found = {(row["name"], row["seed"]): row for row in rows}
+    assert len(rows) == len(found) == 4 + 4
+    topk = found["topk:k=4,lr=4e-3", 1]
+    assert (topk["l0"], topk["settings"]["lr"], topk["settings"]["sizes"]["k"]) == (4, 4e-3, 4)
+    assert found["jumprelu:k=6,batch=256", 0]["settings"]["sizes"] == {"d_sae": 64, "target_l0": 6}
+    assert topk["f1"] != found["topk:k=4,lr=4e-3", 0]["f1"], "the seed changes nothing"
+    assert topk["true_l0"] == found["random dictionary", None]["true_l0"], "all are judged on the same samples"
+    assert found["random dictionary", None]["f1"] < 0.1 < topk["f1"]
+    assert found["true codes", None]["f1"] == found["true dictionary, tied", None]["mcc"] == 1
+    assert err.count("| ours | topk:k=4,lr=4e-3 | saved | 2 | ") == 1
+
+
+def test_samples_do_not_depend_on_how_they_are_read():
+    world = WorldConfig(n_features=64, d_in=8, n_trees=2, depth=2)
+    samples = Samples(world, "cpu", saelens=False, sampler="ours")
+    fresh = torch.cat(list(samples.rows(4096, 256, None, seed=3)))
+    again = torch.cat(list(samples.rows(4096, 256, None, seed=3)))
+    assert torch.equal(fresh, again)
+    twice = torch.cat(list(samples.rows(2048, 256, 1024, seed=3)))
+    assert torch.equal(twice[:1024].sort(dim=0).values, twice[1024:].sort(dim=0).values), "the pool is read in whole"
+    assert not torch.equal(twice[:1024], twice[1024:]), "in another order"
+
+
+def test_options_of_a_dictionary_are_read_as_numbers_lists_and_words():
+    assert parsed("matryoshka:prefixes=[16,64],detach=true,lr=1e-3,order=stream") == (
+        "matryoshka",
+        {"prefixes": [16, 64], "detach": True, "lr": 1e-3, "order": "stream"},
+    )
+    with pytest.raises(InputError, match="has no value: expected NAME=VALUE"):
+        parsed("topk:k")

@@ -54,9 +54,22 @@ def test_every_setting_follows_from_an_option_and_back():
     plain = training({}, hook="x", d_in=16)
     made = training(OTHER, hook=HOOK, d_in=16)
     same = {f.name for f in dataclasses.fields(Training) if getattr(plain, f.name) == getattr(made, f.name)}
-    assert same == {"sparsity_warmup"}
+    assert same == {"sparsity_warmup", "hooks", "target_hooks", "base"}
     assert recipe_of(made) == OTHER | {"sparsity_warmup": 0.0}
     assert training({"arch": "jumprelu", "sparsity_warmup": 0.2}, hook="x", d_in=16).sparsity_warmup == 0.2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(arch="transcoder", hook="x", target_hook=("y",), d_sae=48, k=3),
+        Recipe(arch="topk", hook=("x", "y"), d_sae=48, k=3),
+    ],
+)
+def test_hooks_follow_from_options_and_back(recipe):
+    made = training(recipe, hook="x", d_in=16, widths={"x": 16, "y": 16})
+    assert recipe_of(made).items() >= recipe.items()
+    assert made.sizes.get("d_out", 16) == 16
 
 
 def test_the_defaults_in_the_help_are_those_that_are_taken():

@@ -1,217 +1,261 @@
-"""Our dictionaries beside SAELens' and dictionary_learning's: same cached activations, order, width, k, batch, steps.
+"""Dictionaries against ground truth, ours beside SAELens', on SAELens' synthetic worlds: JSON lines, a table last.
 
-    python tests/benchmarks/quality.py RUN --hook HOOK --arch topk --seeds 0 1 2 --d-sae 4608 -k 32 --steps 3000
+    sae bench quality --preset small
+    sae bench quality --peers batchtopk,matryoshka --ours 'topk:k=8,lr=2e-3' --ours 'jumprelu:k=8,batch=1024'
+    sae bench quality --preset 16k --samples 50M --on-the-fly --sampler ours --peers '' --ours topk:k=25
 
-Needs `pip install sae-lens dictionary-learning` in an environment of its own. One JSON line a dictionary: FVU and L0
-over ordinary tokens of held-out documents. Every trainer is the peer's own class with its own loss, optimiser and
-defaults; each peer also runs at our learning rate (`lr` in its row), and its better row is the one to compare with.
-All get x scaled to a mean norm of sqrt(d_in), as each of them advises. JumpReLU is compared at the L0 that a peer
-reached: ours is trained to that L0 (`--l0`).
+A world is SAELens' SyntheticModel where SAELens is installed, and what judges is SAELens' own evaluation, of ours and
+of the peers alike; else (`--judge ours`) the world is `data.planted`'s of the same recipe, and `sae.evals.truth`
+judges. Samples come from a pool (--pool), or are drawn as training goes on (--on-the-fly). All dictionaries of a world
+are trained in one pass over the same samples in the same order, each in batches of its own size, and all are judged on
+the same ones.
+
+ARCH:FIELD=VALUE,... takes fields of the architecture's config or of `sae.settings.Training` (--ours), fields of
+SAELens' config, lr or batch (--peers); lists are written [16,64,256]. Several peers are separated by a semicolon, or by
+a comma where none has fields.
+
+A line is one dictionary in one view. `batch`: latents are chosen among all rows of an evaluation batch, as BatchTopK
+and Matryoshka are trained and as SAELens' published numbers are; `saved`: each row by itself, as the saved dictionary
+encodes. recall_with_child, recall_alone, absorption, split and latents_per_feature are always `sae.evals.truth`'s.
+`seconds`: of training; ours of one batch size share the time that they took together. The table has mean and standard
+deviation over worlds and seeds.
+Controls: a random dictionary, principal components in both directions, the true directions of the most frequent
+features (each with its transpose as encoder, and BatchTopK), and the true codes of those features.
 """
 
 import argparse
+import dataclasses
 import json
-import platform
-import tempfile
+import math
+import re
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from activations.cache import CachedActivations, held_out_mask, scale_of
-from activations.run import Run
-from activations.shuffle import Shuffled
-from sae.files import load_sae
+from activations.errors import InputError
+from activations.run import versions
+from data.planted import WorldConfig
+from sae.evals.truth import truth
 from sae.registry import REGISTRY
 from sae.settings import Training
-from sae.train import train
+from tests.benchmarks.synthetic.dictionaries import Fields, Group, Ours, Preset, Theirs, View, controls, plan_of
+from tests.benchmarks.synthetic.samples import Samples
 
-Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]  # scaled x -> scaled x_hat, latents
+STANDARD = ["batchtopk", "topk", "matryoshka", "jumprelu"]
+FIRST_ROWS = 16_384
+"""Rows from which ours take the scale and their first weights, and the controls their mean."""
+COLUMNS = {
+    **dict.fromkeys(["f1", "mcc", "ev"], 4),
+    "l0": 2,
+    **dict.fromkeys(["precision", "recall", "uniqueness", "absorption"], 4),
+    **dict.fromkeys(["dead", "seconds"], 0),
+}
+"""Of the table, with their digits."""
 
-
-def saelens(args: argparse.Namespace, batches: Iterator[Tensor], d_in: int, lr: float | None, seed: int) -> Reconstruct:
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig
-    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    torch.manual_seed(seed)
-    sizes = {"d_in": d_in, "d_sae": args.d_sae, "dtype": "float32", "device": args.device}
-    if args.arch == "jumprelu":
-        # Anthropic's settings as SAELens' documentation gives them; L0 follows from the coefficient. (Its mode with a
-        # target L0 left 86 % of the latents unused at every coefficient tried.)
-        config = JumpReLUTrainingSAEConfig(
-            jumprelu_sparsity_loss_mode="tanh",
-            l0_coefficient=args.saelens_l0_coefficient,
-            l0_warm_up_steps=args.steps,
-            pre_act_loss_coefficient=3e-6,
-            jumprelu_bandwidth=2.0,
-            jumprelu_init_threshold=0.1,
-            jumprelu_ste_to_input=True,
-            **sizes,
-        )
-        sae: Any = JumpReLUTrainingSAE(config)
-    elif args.arch == "topk":
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=args.k, **sizes))
-    else:
-        sae = AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(k=args.k, **sizes))
-    trainer: Any = SAETrainer(
-        cfg=SAETrainerConfig(
-            total_training_samples=args.steps * args.batch,
-            train_batch_size_samples=args.batch,
-            lr=lr or 3e-4,
-            lr_end=(lr or 3e-4) / 10,
-            lr_warm_up_steps=args.steps // 20,
-            lr_decay_steps=args.steps // 5,
-            device=args.device,
-            autocast=args.device != "cpu",
-            dead_feature_window=max(args.steps // 10, 1),
-        ),
-        sae=sae,
-        data_provider=iter(()),
-    )
-    sae.to(args.device)
-    for _, x in zip(range(args.steps), batches, strict=False):
-        trainer.step(x)
-        trainer.n_training_steps += 1
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        z, _ = sae.encode_with_hidden_pre(x)
-        return sae.decode(z), z
-
-    return reconstruct
+_16K = WorldConfig(n_features=16_384, d_in=768, min_prob=5e-4, n_trees=128, rank=25)
+_V1 = dataclasses.replace(_16K, scale_by_parent=False)
+_WIDTHS = [128, 512, 2048, 4096]
+PRESETS = {
+    "small": Preset(WorldConfig(), 512, 8, 512, 1e-3, [16, 64, 256, 512], 1_536_000, 51_200),
+    "16k": Preset(_16K, 4096, 25, 1024, 3e-4, _WIDTHS, 200_000_000, 512_000),
+    "16k-v1": Preset(_V1, 4096, 25, 1024, 3e-4, _WIDTHS, 200_000_000, 512_000),
+    "full": Preset(_V1, 16_384, 40, 1024, 3e-4, [*_WIDTHS, 16_384], 200_000_000, 512_000),
+}
+"""16k is SynthSAEBench-16k as its paper has it; 16k-v1 as it was first published, where children keep their size
+whatever their parent's; full: as many latents as features."""
 
 
-def dictionary_learning(
-    args: argparse.Namespace, batches: Iterator[Tensor], d_in: int, lr: float | None, seed: int
-) -> Reconstruct:
-    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
-    from dictionary_learning.trainers.top_k import TopKTrainer
-
-    common: dict[str, Any] = {
-        "steps": args.steps,
-        "activation_dim": d_in,
-        "dict_size": args.d_sae,
-        "layer": 0,
-        "lm_name": "",
-        "warmup_steps": args.steps // 20,
-        "decay_start": args.steps * 4 // 5,
-        "seed": seed,
-        "device": args.device,
+def run_world(args: argparse.Namespace, preset: Preset, seed: int) -> Iterator[Fields]:
+    """Train all dictionaries of one world, and judge them."""
+    began = time.perf_counter()
+    world = dataclasses.replace(preset.world, seed=seed)
+    samples = Samples(world, args.device, saelens=args.judge == "saelens", sampler=args.sampler)
+    first = torch.cat([x for x, _ in samples.draw(FIRST_ROWS, 1024, seed=1_000_000 + seed)])
+    note(f"world {seed}: built in {time.perf_counter() - began:.0f} s")
+    alike: dict[int, list[tuple[str, Training]]] = {}
+    for name in args.ours:
+        for own in args.seeds:
+            plan = plan_of(name, preset, preset.n_samples, own, args.device)
+            alike.setdefault(plan.batch, []).append((name, plan))
+    groups: list[Group] = [Ours(plans, first) for plans in alike.values()]
+    groups += [Theirs(name, preset, preset.n_samples, own, args.device) for name in args.peers for own in args.seeds]
+    seconds = train(args, samples, groups, preset.n_samples, seed)
+    facts = {
+        "preset": args.preset,
+        "world": seed,
+        "d_sae": preset.d_sae,
+        "samples": preset.n_samples,
+        "pool": args.pool,
+        "sampler": "saelens" if samples.by_saelens else "ours",
+        "judge": args.judge,
+        "n_eval": preset.n_eval,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "versions": {**versions(), **({"sae-lens": saelens_version()} if args.judge == "saelens" else {})},
     }
-    if lr is not None:
-        common["lr"] = lr
-    # their own normalisation: a mean square norm of 1
-    unit = d_in**-0.5
-    if args.arch == "jumprelu":
-        trainer: Any = JumpReluTrainer(target_l0=float(args.k), sparsity_warmup_steps=args.steps // 4, **common)
-    else:
-        trainer = TopKTrainer(k=args.k, threshold_start_step=10**9, **common)
-    for step, x in zip(range(args.steps), batches, strict=False):
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.device != "cpu"):
-            trainer.update(step, x * unit)
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        if args.arch == "jumprelu":
-            x_hat, z = trainer.ae(x * unit, output_features=True)
-        else:
-            z = trainer.ae.encode(x * unit)
-            x_hat = trainer.ae.decode(z)
-        return x_hat / unit, z
-
-    return reconstruct
+    latest: list[Tensor] = []
+    for group, took in zip(groups, seconds, strict=True):
+        for about, name, view in group.views():
+            found = judged(samples, view, preset, args.judge, latest)
+            yield {**about, "view": name, **found, "seconds": took / len(group.facts), **facts}
+    if not args.no_controls:
+        for name, view in controls(samples.world, preset.d_sae, preset.k, first, latest):
+            found = judged(samples, view, preset, args.judge, latest)
+            yield {"who": "control", "name": name, "seed": None, "view": "batch", **found, "seconds": 0.0, **facts}
 
 
-@torch.no_grad()
-def held_out(cache: CachedActivations, reconstruct: Reconstruct, device: str) -> dict[str, float]:
-    """FVU, L0 and the share of latents that never fired, over held-out documents; FVU is free of the scale of x."""
-    error = power = l0 = n = 0.0
-    total: Tensor | float = 0.0
-    fired: Tensor | None = None
-    for i in range(cache.n_shards):
-        for rows in cache.rows(i)[held_out_mask(cache, i)].split(4096):
-            x = rows.to(device, torch.float32) * scale_of(cache.moments)
-            x_hat, z = reconstruct(x)
-            error += float((x - x_hat.float()).square().sum())
-            power += float(x.square().sum())
-            total = total + x.sum(dim=0)
-            l0 += float((z != 0).sum())
-            now = (z != 0).any(dim=0)
-            fired = now if fired is None else fired | now
-            n += len(x)
-    assert isinstance(total, Tensor)
-    assert fired is not None
-    return {
-        "fvu": error / (power - float(total.square().sum()) / n),
-        "l0": l0 / n,
-        "unused": 1 - float(fired.float().mean()),
-        "n": n,
-    }
+def train(
+    args: argparse.Namespace, samples: Samples, groups: Sequence[Group], n_samples: int, seed: int
+) -> list[float]:
+    """Feed the samples to all; returns the seconds of each group."""
+    seconds = [0.0] * len(groups)
+    if not groups:
+        return seconds
+    chunk = math.lcm(*(group.batch for group in groups))
+    n_chunks = n_samples // chunk
+    began = told = time.perf_counter()
+    drawing = 0.0
+    rows = samples.rows(n_chunks * chunk, chunk, args.pool, seed=2_000_000 + seed)
+    for i in range(n_chunks):
+        start = time.perf_counter()
+        x = next(rows)
+        sync(args.device)
+        drawing += time.perf_counter() - start
+        for place, group in enumerate(groups):
+            start = time.perf_counter()
+            for part in x.split(group.batch):
+                group.step(part)
+            sync(args.device)
+            seconds[place] += time.perf_counter() - start
+        if time.perf_counter() - told > 30:
+            told = time.perf_counter()
+            note(f"world {seed}: {(i + 1) / n_chunks:.1%} of the samples after {told - began:.0f} s")
+    note(f"world {seed}: trained in {time.perf_counter() - began:.0f} s, {drawing:.0f} s of which to draw samples")
+    return seconds
 
 
-def ours(args: argparse.Namespace, run: Run, cache: CachedActivations, seed: int) -> dict[str, float]:
-    field = REGISTRY[args.arch].sparsity
-    sizes = {"d_sae": args.d_sae, field: args.l0 or args.k, **json.loads(args.sizes)}
-    settings = Training(
-        architecture=args.arch,
-        hook=args.hook,
-        sizes=sizes,
-        n_tokens=args.steps * args.batch,
-        batch=args.batch,
-        seed=seed,
-        lr=args.lr,
-        matmul=None if args.device != "cpu" else "float32",
-    )
-    with tempfile.TemporaryDirectory(dir=run.path) as scratch:
-        run_copy = Run(run.path, run.meta)
-        run_copy.dictionary = lambda name: Path(scratch) / name  # type: ignore[method-assign]
-        sae = load_sae(train(run_copy, settings, device=args.device), device=args.device)
-    scale = scale_of(cache.moments)
-    return held_out(cache, lambda x: (sae.reconstruct(x / scale) * scale, sae.encode(x / scale)), args.device)
+def judged(samples: Samples, view: View, preset: Preset, judge: str, latest: list[Tensor]) -> Fields:
+    """All figures of one view; dead is the number of latents. latest: gets the true features of each batch."""
+
+    def kept() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, z in samples.judged_on(preset.n_eval, preset.batch):
+            latest[:] = [z]
+            yield x, z
+
+    found = truth(view, samples.world.directions, kept(), samples.world.parent)
+    ours = {name.removeprefix("truth."): metric.value for name, metric in found.items()}
+    ours["dead"] *= len(view.W_dec)
+    if judge == "ours":
+        return ours
+    from tests.benchmarks.synthetic import saelens
+
+    n = preset.n_eval // preset.batch * preset.batch
+    return {**ours, **saelens.judge(view, samples.model, (z for _, z in kept()), n, preset.batch)}
 
 
-def main() -> None:
+def table(rows: Sequence[Fields]) -> str:
+    """A line a method: means and standard deviations over worlds and seeds."""
+    methods: dict[tuple[str, str, str], list[Fields]] = {}
+    for row in rows:
+        methods.setdefault((row["who"], row["name"], row["view"]), []).append(row)
+    lines = [f"| who | dictionary | view | n | {' | '.join(COLUMNS)} |", "|---" * (4 + len(COLUMNS)) + "|"]
+    for method, members in methods.items():
+        cells = [_cell([row[name] for row in members if name in row], digits) for name, digits in COLUMNS.items()]
+        lines.append(f"| {' | '.join(method)} | {len(members)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def sync(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def saelens_version() -> str | None:
+    try:
+        return version("sae-lens")
+    except PackageNotFoundError:
+        return None
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def count(text: str) -> int:
+    """ "1.5M" as 1500000."""
+    return round(float(text.rstrip("kMB")) * {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    return [part for part in (text.split(";") if ":" in text else re.split("[;,]", text)) if part]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("--hook", default="blocks.15.hook_resid_post")
-    parser.add_argument("--arch", default="topk", choices=list(REGISTRY))
-    parser.add_argument("--trainers", nargs="+", default=["ours", "saelens", "dictionary_learning"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--d-sae", type=int, default=4608)
-    parser.add_argument("-k", type=int, default=32)
-    parser.add_argument("--l0", type=float, default=None, help="target of our JumpReLU, to match a peer's")
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=None, help="ours; the default is the registry's")
-    parser.add_argument("--peer-lrs", nargs="+", type=float, default=[0.0, 1e-3], help="0 is the peer's default")
-    parser.add_argument("--sizes", default="{}", help="further fields of our config, JSON")
-    parser.add_argument("--saelens-l0-coefficient", type=float, default=1.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    run = Run.open(args.run)
-    cache = run.activations(args.hook)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    for seed in args.seeds:
-        for name in args.trainers:
-            if name == "dictionary_learning" and args.arch == "abstopk":
-                continue  # it has none
-            for lr in [None] if name == "ours" else [lr or None for lr in args.peer_lrs]:
-                start = time.perf_counter()
-                if name == "ours":
-                    result = ours(args, run, cache, seed)
-                else:
-                    rows = Shuffled(cache, batch=args.batch, seed=seed).batches()
-                    batches = (x.to(args.device, torch.float32) * scale_of(cache.moments) for x in rows)
-                    trainer = {"saelens": saelens, "dictionary_learning": dictionary_learning}[name]
-                    result = held_out(cache, trainer(args, batches, cache.d_in, lr, seed), args.device)
-                seconds = round(time.perf_counter() - start, 1)
-                shape = {"d_sae": args.d_sae, "k": args.k, "steps": args.steps, "batch": args.batch}
-                row = {"trainer": name, "arch": args.arch, "lr": lr or args.lr, "seed": seed, **shape, **result}
-                print(json.dumps({**row, "seconds": seconds, "hardware": hardware}), flush=True)
+    here = ", ".join(name for name in STANDARD if name in REGISTRY)
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
+    parser.add_argument("--ours", action="append", help=f"may be repeated; '' for none [default: {here}]")
+    parser.add_argument("--peers", type=names, help=f"'' for none [default: {', '.join(STANDARD)}]")
+    parser.add_argument("-k", type=float, help="active latents a row, of all that say nothing else")
+    parser.add_argument("--d-sae", type=int)
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="of the dictionaries, such as 0,1,2")
+    parser.add_argument("--worlds", type=numbers, default=[42], help="seeds of the worlds")
+    parser.add_argument("--samples", type=count, help="to train on, such as 50M")
+    parser.add_argument("--pool", type=count, default=409_600, help="samples drawn before, and read again and again")
+    parser.add_argument("--on-the-fly", action="store_true", help="draw each sample once, while training goes on")
+    parser.add_argument("--sampler", default="saelens", choices=["saelens", "ours"], help="of SAELens' world")
+    parser.add_argument("--judge", choices=["saelens", "ours"], help="default: SAELens where it is installed")
+    parser.add_argument("--eval-samples", type=count)
+    parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="of a CPU")
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here too")
+    args = parser.parse_args(argv)
+    args.judge = args.judge or ("saelens" if saelens_version() else "ours")
+    if args.judge == "ours" and args.peers:
+        parser.error("--peers needs SAELens: pip install sae-lens in an environment of its own")
+    if args.peers is None:
+        args.peers = STANDARD if args.judge == "saelens" else []
+    args.ours = [name for name in STANDARD if name in REGISTRY] if args.ours is None else list(filter(None, args.ours))
+    args.pool = None if args.on_the_fly else args.pool
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    changes = {"k": args.k, "d_sae": args.d_sae, "n_samples": args.samples, "n_eval": args.eval_samples}
+    preset = PRESETS[args.preset]._replace(**{name: value for name, value in changes.items() if value})
+    rows = []
+    for seed in args.worlds:
+        try:
+            for row in run_world(args, preset, seed):
+                row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if args.out:
+                    with args.out.open("a") as file:
+                        print(json.dumps(row), file=file)
+        except InputError as error:
+            raise SystemExit(f"Error: {error}") from None
+    note(table(rows))
 
 
 if __name__ == "__main__":

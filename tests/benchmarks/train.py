@@ -37,7 +37,7 @@ from activations.run import Run, versions
 from activations.shuffle import Shuffled
 from tests.benchmarks.peers.peer import Peer, Setting
 
-PEERS = ["ours", "dense", "saelens", "dictionary_learning", "sparsify"]
+PEERS = ["ours", "ours_float8", "dense", "saelens", "dictionary_learning", "sparsify"]
 TEST_ROWS = 16_384
 
 Row = dict[str, Any]

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from sae import load_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.base import SAE, Dead, State
+from sae.evals.truth import match
 from sae.jump import jump, jump_backward
 from sae.settings import Training
 from sae.train import train
@@ -80,7 +80,7 @@ def test_jumprelu_gradients_are_those_of_the_dense_form_by_autograd():
     sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=30, target_l0=5, bandwidth=width))
     for parameter in sae.parameters():
         parameter.data.normal_(std=0.5)
-    sae.coefficient.fill_(l0_weight * 5)
+    sae.controller.coefficient.fill_(l0_weight * 5)
     made = sae.loss(x, x, State(penalty=0.5)).total
     made.backward()
     ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
@@ -115,13 +115,6 @@ def test_auxk_reaches_the_encoder_rows_of_dead_latents():
     assert (sae.W_enc.grad.T[dead].norm(dim=1) > quiet + 1e-6).any()
 
 
-def recovered(sae: SAE, directions: torch.Tensor) -> float:
-    """Mean |cosine| of the planted directions with the decoder rows matched to them one to one."""
-    cosine = (directions @ sae.W_dec.T).abs() / sae.W_dec.norm(dim=1)
-    pairs = linear_sum_assignment(-cosine.numpy())
-    return float(cosine[pairs].mean())
-
-
 def trained(tmp_path, rows, architecture: str, d_sae: int, field: str = "k") -> SAE:
     run = planted_run(tmp_path / architecture, rows)
     settings = Training(
@@ -133,16 +126,16 @@ def trained(tmp_path, rows, architecture: str, d_sae: int, field: str = "k") -> 
 def test_abstopk_recovers_a_planted_dictionary_of_opposites_with_half_the_latents(tmp_path):
     rows, directions = planted_rows(12_000, 32, 24, 3, signed=True)
     signed = trained(tmp_path, rows, "abstopk", 24)
-    assert recovered(signed, directions) > 0.95
+    assert match(signed.W_dec, directions).mcc > 0.95
     assert signed.statistics is not None
     assert (signed.statistics.max > 0.5).all()
     assert (signed.statistics.min < -0.5).all()  # both poles of every latent are used
-    assert recovered(trained(tmp_path, rows, "topk", 24), directions) < 0.9  # TopK needs one latent a pole
+    assert match(trained(tmp_path, rows, "topk", 24).W_dec, directions).mcc < 0.9  # TopK needs one latent a pole
 
 
 @pytest.mark.parametrize(("architecture", "field"), [("topk", "k"), ("jumprelu", "target_l0")])
 def test_positive_planted_dictionaries_are_recovered(tmp_path, architecture, field):
     rows, directions = planted_rows(12_000, 32, 24, 3, signed=False)
     sae = trained(tmp_path, rows, architecture, 24, field)
-    assert recovered(sae, directions) > 0.95
+    assert match(sae.W_dec, directions).mcc > 0.95
     assert (sae.encode(rows) != 0).sum(dim=1).float().mean().item() == pytest.approx(3, rel=0.05)

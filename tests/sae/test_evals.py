@@ -63,6 +63,6 @@ def test_position_0_padding_and_sinks_keep_their_activations():
     x = torch.ones(1, 4, 3)
     x[0, 2] = 100.0  # a sink
     where = Where(torch.tensor([[-1, 0, 1, 2]]), None)
-    edited = _on_ordinary(torch.zeros_like, sink_threshold=50.0)(x, where)
+    edited = _on_ordinary(torch.zeros_like(x), 50.0, torch.zeros(1, 4, dtype=torch.bool))(x, where)
     assert torch.equal(edited[0, :3], x[0, :3])
     assert edited[0, 3].tolist() == [0, 0, 0]

@@ -1,5 +1,7 @@
 """Metrics of weights and cached rows equal what was worked out by hand; controls are what they say."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from sae.evals.reconstruction import reconstruction
 from sae.evals.subject import Options, Subject
 from sae.evals.suite import TABLE, evaluate
 from sae.files import save_sae
+from sae.settings import Training
 from sae.statistics import latent_statistics
 from tests.tiny import HOOK, planted_rows, planted_run
 
@@ -112,7 +115,8 @@ def test_controls_are_the_ends_and_pca_with_all_components_is_exact(cache):
     found = {name: values(reconstruction(sae, cache)) for name, sae in made.items()}
     assert found["identity"]["fvu"] == pytest.approx(0, abs=1e-9)
     assert found["mean"]["explained_variance"] == pytest.approx(0, abs=1e-2)  # the mean of rows that are trained on
-    assert found["pca"]["l0"] == found["random"]["l0"] == 3
+    assert found["pca"]["l0"] == 3
+    assert found["random"]["l0"] == pytest.approx(3, abs=0.05)  # a row may have fewer than 3 latents above 0
     rows = torch.cat([cache.rows(i)[cache.mask(i)] for i in range(cache.n_shards)])
     left = torch.linalg.svdvals(rows - rows.mean(dim=0)).square()
     assert found["pca"]["fvu"] == pytest.approx(float(left[3:].sum() / left.sum()), abs=0.02)
@@ -146,7 +150,8 @@ def folder(run, cache):
     sae.statistics = latent_statistics([sae], cache)[0]
     sae.metadata = {"hook_name": HOOK}
     save_sae(sae, run.dictionary("one"))
-    write_json(run.dictionary("one") / "train.json", {"hook": HOOK})
+    settings = Training(architecture="topk", hook=HOOK, sizes={"d_sae": sae.d_sae, "k": 1}, n_tokens=4096)
+    write_json(run.dictionary("one") / "train.json", asdict(settings))
     return run.dictionary("one")
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from sae import jump as plain_jump  # noqa: E402
 from sae import kernels, sparse  # noqa: E402
+from sae.dense import FLOAT8, LARGEST, SCALE, product, to_float8  # noqa: E402
 from sae.kernels import adam, codes, jump, select  # noqa: E402
 from sae.select import topk, topk_dense  # noqa: E402
 
@@ -191,6 +192,32 @@ def test_rows_are_the_transposed_product(n, k, d_sae, d, segment, dtype, monkeyp
     torch.testing.assert_close(sums, dense.sum(dim=0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("segment", [8, 128])
+def test_products_with_a_flat_table_are_their_twins(segment, monkeypatch):
+    """Rows, and bags within rows, of 0 to 40 places; entries behind the last bag have value 0."""
+    monkeypatch.setattr(codes, "SEGMENT", segment)
+    lengths = torch.tensor([0, 3, 40, 0, 1, 17, 0, 2])
+    n_entries, filler, d_sae, d = int(lengths.sum()), 5, 23, 70
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(DEVICE)
+    bag = torch.arange(8).repeat_interleave(lengths)
+    bag = torch.cat([bag, torch.zeros(filler, dtype=torch.long)]).to(DEVICE)
+    values, indices = random(n_entries + filler, 1), torch.randint(d_sae, (n_entries + filler, 1), device=DEVICE)
+    values[n_entries:] = 0
+    W, y, g = random(d_sae, d), random(8, d), random(8, d)
+    plain = [x.cpu()[:n_entries] for x in (values, indices, bag)]
+    torch.testing.assert_close(
+        codes.decode(values, indices, W, starts).cpu(), sparse.decode(*plain[:2], W.cpu(), starts.cpu())
+    )
+    made = codes.dots(g, W, indices, values, starts).cpu()
+    expected = sparse.dots(g.cpu(), W.cpu(), plain[1], plain[0], starts.cpu())
+    torch.testing.assert_close(made[:n_entries], expected, atol=1e-4, rtol=1e-5)
+    assert (made[n_entries:] == 0).all()
+    out, sums = codes.rows(values, *codes.by_latent(indices, d_sae, values), y, bag)
+    expected_out, expected_sums = sparse.rows(plain[0], *sparse.by_latent(plain[1], d_sae, plain[0]), y.cpu(), plain[2])
+    torch.testing.assert_close(out.cpu(), expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.cpu(), expected_sums, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize(("d_sae", "d"), [(11, 7), (5, 576), (3, 2500)])
 def test_adam_steps_as_torch_does(d_sae, d, unit):
@@ -214,6 +241,21 @@ def test_adam_steps_as_torch_does(d_sae, d, unit):
         torch.testing.assert_close(low.float(), w, atol=0.0, rtol=1 / 128)  # the interpreter rounds towards 0
     torch.testing.assert_close(m, optimizer.state[parameter]["exp_avg"])
     torch.testing.assert_close(v, optimizer.state[parameter]["exp_avg_sq"])
+
+
+def test_adam_writes_the_encoder_in_eight_bits():
+    w = random(20, 300) * torch.tensor([0.02, 5.0], device=DEVICE).repeat(150)  # 448 / 64 is the largest that fits
+    m, v, low = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(w, dtype=FLOAT8)
+    hyper = torch.tensor([1e-3, 0.1, 0.001, 1.0], device=DEVICE)
+    adam.adam_rows(w, random(20, 300), m, v, low, hyper, (0.9, 0.999), 1e-8, unit=False)
+    expected = to_float8(w, SCALE).float()
+    assert (w.abs() > LARGEST / SCALE).any()
+    assert (expected.abs() <= LARGEST).all()
+    if DEVICE == "cuda":
+        assert torch.equal(low.float(), expected)
+    else:  # the interpreter's rounding to eight bits loses a carry now and then
+        near = torch.isclose(low.float(), expected, atol=2**-7, rtol=1 / 8)
+        assert near.float().mean() > 0.97
 
 
 def test_adam_without_a_copy_in_low_precision():
@@ -253,3 +295,19 @@ def test_the_same_input_gives_the_same_bytes():
 def test_kernels_are_for_gpus_only():
     assert not kernels.available(torch.zeros(1))
     assert kernels.available(torch.zeros(1, device=DEVICE)) == (DEVICE == "cuda")
+
+
+def test_the_product_in_eight_bits_is_near_the_product():
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no products in eight bits")
+    x, w, bias = random(48, 256).bfloat16(), random(160, 256) / 16, random(160).bfloat16()
+    exact = x.float() @ w.T + bias
+    made = product(x, to_float8(w, SCALE), bias)
+    assert made.dtype == torch.bfloat16
+    # Entries are rounded to 1 / 16 at worst, 1 / 40 in the middle, and the sum of 256 such errors is random.
+    assert ((made - exact).norm() / exact.norm()).item() < 0.06
+    x[3] = 1e4  # too large for eight bits: it counts as 448, and nothing else changes
+    again = product(x, to_float8(w, SCALE), bias)
+    assert torch.isfinite(again).all()
+    rest = torch.arange(len(x), device=DEVICE) != 3
+    assert torch.equal(again[rest], made[rest])

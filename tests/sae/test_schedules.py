@@ -249,7 +249,7 @@ def test_a_rate_that_is_far_too_high_stops_it_before_anything_bad_is_saved(run):
         ({"ema": 1.0}, "ema=1.0 is out of range"),
         ({"clip": math.nan}, "expected both above 0"),
         ({"dead_tokens": 0}, "dead_tokens=0 is no number of tokens: expected at least 1"),
-        ({"matmul": "int8"}, "expected one of float32, bfloat16"),
+        ({"matmul": "int8"}, "expected one of float32, bfloat16, float8"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changes, message):

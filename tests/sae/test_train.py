@@ -27,7 +27,13 @@ def settings(**changes) -> Training:
 
 @pytest.mark.parametrize(
     ("architecture", "sizes"),
-    [("topk", {"d_sae": 64, "k": 2}), ("abstopk", {"d_sae": 64, "k": 2}), ("jumprelu", {"d_sae": 64, "target_l0": 2})],
+    [
+        ("topk", {"d_sae": 64, "k": 2}),
+        ("abstopk", {"d_sae": 64, "k": 2}),
+        ("jumprelu", {"d_sae": 64, "target_l0": 2}),
+        ("kron", {"d_sae": 64, "k": 2}),
+        ("matching_pursuit", {"d_sae": 64, "k": 2}),
+    ],
 )
 def test_killed_and_resumed_it_ends_in_the_same_bytes(run, monkeypatch, architecture, sizes):
     wanted = settings(architecture=architecture, sizes=sizes)

@@ -1,5 +1,7 @@
 """Our own step, beside the peers': what `sae.train` does with one batch, and nothing that it would not do."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from sae.train import LOG_EVERY
 from tests.benchmarks.peers.peer import Peer, Setting
 
 
-def training(setting: Setting) -> Training:
+def training(setting: Setting, matmul: str | None = None) -> Training:
     """The settings with which `sae train` would train this."""
     return Training(
         architecture=setting.arch,
@@ -20,13 +22,15 @@ def training(setting: Setting) -> Training:
         batch=setting.batch,
         seed=setting.seed,
         lr=setting.lr,
-        matmul="bfloat16" if setting.dtype == "autocast" else "float32",
+        matmul=matmul or ("bfloat16" if setting.dtype == "autocast" else "float32"),
     )
 
 
 class Trainer(Peer):
+    matmul: ClassVar[str | None] = None
+
     def __init__(self, setting: Setting, x: Tensor) -> None:
-        settings = training(setting)
+        settings = training(setting, self.matmul)
         self.sae = REGISTRY[setting.arch].sae(settings.config(setting.d_in))
         self.sae.initialise(x.cpu(), setting.seed)
         self.stepper = Stepper(self.sae.to(setting.device), settings, scale=1.0)
