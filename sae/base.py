@@ -212,6 +212,8 @@ class SAE(nn.Module, abc.ABC):
     @property
     def encoder(self) -> Tensor:
         """W_enc as the product for the pre-activations takes it, in the lowest precision that there is."""
+        if self.tied:
+            return self.low.get("W_dec", self.W_dec).T
         return self.low.get("W_enc8", self.low.get("W_enc", self.W_enc))
 
     @abc.abstractmethod

@@ -56,13 +56,14 @@ def encode(
     bias: Float[Tensor, " d_sae"],
     floor: Float[Tensor, " d_sae"] | float = 0.0,
 ) -> Entries:
-    """x W_enc + bias, of x from `sae.ksparse.centred`, with gradient to W_enc, bias and b_dec."""
+    """x W_enc + bias, of x from `sae.ksparse.centred`, with gradient to W_enc (tied: W_dec), bias and b_dec."""
     centre = sae.mesh.into_latents(sae.b_dec)
-    if x.device.type in SPARSE_ON and _are_few(x, sae.W_enc, bias, floor):
-        values, columns, starts = _SparseEncode.apply(x, sae.W_enc, bias, centre, floor)
+    W_enc, low = (sae.W_dec.T, sae.encoder) if sae.tied else (sae.W_enc, sae.low.get("W_enc", sae.W_enc))
+    if x.device.type in SPARSE_ON and _are_few(x, W_enc, bias, floor):
+        values, columns, starts = _SparseEncode.apply(x, W_enc, bias, centre, floor)
         return Entries(values, True, columns, starts)
     nowhere = torch.empty(0, dtype=torch.long, device=x.device)
-    values = _DenseEncode.apply(x, sae.W_enc, bias, centre, sae.low.get("W_enc", sae.W_enc), sae.encoder)
+    values = _DenseEncode.apply(x, W_enc, bias, centre, low, sae.encoder)
     return Entries(values, False, nowhere, nowhere)
 
 
@@ -73,10 +74,10 @@ def _are_few(x: Tensor, W_enc: Tensor, bias: Tensor, floor: Tensor | float) -> b
 
 
 @torch.no_grad()
-def quantile(sae: SAE, x: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " _held"]:
-    """For each latent the value that its x W_enc is above in this share of the rows of `centred` x; at least 0."""
+def quantile(W: Float[Tensor, "m d_in"], x: Float[Tensor, "n d_in"], share: float) -> Float[Tensor, " m"]:
+    """For each row of W the value that x . W is above in this share of the rows of x; at least 0."""
     rank = max(round((1 - share) * len(x)), 1)
-    few = sae.W_enc.T.split(INITIAL_ROWS)
+    few = W.split(INITIAL_ROWS)
     return torch.cat([product(x, rows).float().kthvalue(rank, dim=0).values for rows in few]).clamp(min=0.0)
 
 

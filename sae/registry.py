@@ -13,6 +13,7 @@ from sae.architectures.codebook import CodebookConfig, CodebookSAE
 from sae.architectures.crosscoder import CrosscoderConfig, CrosscoderSAE
 from sae.architectures.featurechoice import FeatureChoiceConfig, FeatureChoiceSAE
 from sae.architectures.gated import GatedConfig, GatedSAE
+from sae.architectures.gba import GBASAE, GBAConfig
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.gsae import GSAE, GSAEConfig
 from sae.architectures.itda import ITDASAE, ITDAConfig
@@ -75,6 +76,7 @@ REGISTRY: dict[str, Entry] = {
     ),
     "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
     "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "gba": Entry(GBASAE, GBAConfig, None, sparsity="target_l0", lr=1e-3),
     "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "crosscoder": Entry(CrosscoderSAE, CrosscoderConfig, None, sparsity="k", lr=1e-3),

@@ -73,7 +73,7 @@ class GatedSAE(SAE):
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
         super().initialise(x, seed)
-        self.b_gate.copy_(-entries.quantile(self, centred(self, x), self.cfg.start_share))
+        self.b_gate.copy_(-entries.quantile(self.W_enc.T, centred(self, x), self.cfg.start_share))
 
     @torch.no_grad()
     def restart(

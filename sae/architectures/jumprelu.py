@@ -95,7 +95,7 @@ class JumpReLUSAE(SAE):
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "n d_in"], seed: int) -> None:
         super().initialise(x, seed)
-        self.threshold.copy_(entries.quantile(self, centred(self, x), self.cfg.start_share))
+        self.threshold.copy_(entries.quantile(self.W_enc.T, centred(self, x), self.cfg.start_share))
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:

@@ -108,7 +108,7 @@ class StandardSAE(SAE):
         if self.cfg.rows == "free":
             self.W_dec.mul_(FREE_NORM)
             self.W_enc.mul_(FREE_NORM)
-        self.b_enc.copy_(-entries.quantile(self, centred(self, x), self.cfg.start_share))
+        self.b_enc.copy_(-entries.quantile(self.W_enc.T, centred(self, x), self.cfg.start_share))
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:

@@ -285,7 +285,7 @@ def test_latents_start_on_the_share_of_rows_that_was_asked_for_however_many_are_
     assert (sae.encode(rows) != 0).sum(dim=1).float().mean().item() == pytest.approx(6, rel=0.01)
     whole = sae.b_gate.clone()
     monkeypatch.setattr(entries, "INITIAL_ROWS", 7)
-    torch.testing.assert_close(-entries.quantile(sae, centred(sae, rows), 6 / D_SAE), whole)
+    torch.testing.assert_close(-entries.quantile(sae.W_enc.T, centred(sae, rows), 6 / D_SAE), whole)
 
 
 def test_resampled_gated_latents_begin_with_biases_of_nothing():
