@@ -23,7 +23,8 @@ WEIGHTS, CFG, STATISTICS = "sae_weights.safetensors", "cfg.json", "statistics.sa
 _TRAINED = "trained_architecture"  # beside "architecture", where SAELens knows the finished dictionary by another name
 _SAELENS = "6.54.12"  # whose form this is; without a version SAELens takes cfg.json for an older one and drops metadata
 # What SAELens writes for a dictionary that takes activations as the model has them; anything else is refused.
-_PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+_PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+_RESHAPES = ("none", "hook_z")  # of hook_z, SAELens takes rows with the heads apart, and joins them as ours are
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
@@ -55,6 +56,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
             "dtype": "float32",
             "device": "cpu",
             **_PLAIN,
+            "reshape_activations": "hook_z" if sae.hook.endswith("hook_z") else "none",
             "metadata": {"sae_lens_version": _SAELENS, **sae.metadata},
         },
     )
@@ -89,6 +91,9 @@ def _build(folder: Path, cfg: Any) -> SAE:
             raise InputError(
                 f"{folder / CFG} has {key}={json.dumps(cfg[key])}: expected {json.dumps(plain)}; fold it in first."
             )
+    if cfg.get("reshape_activations", "none") not in _RESHAPES:
+        shown = json.dumps(cfg["reshape_activations"])
+        raise InputError(f"{folder / CFG} has reshape_activations={shown}: expected one of {', '.join(_RESHAPES)}.")
     entry = REGISTRY[name]
     if entry.sparsity == "target_l0":
         cfg = {"target_l0": 1.0, **cfg}  # SAELens keeps no target in the saved form

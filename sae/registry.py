@@ -7,13 +7,18 @@ from typing import NamedTuple
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
+from sae.architectures.boost import BoostConfig, BoostSAE
+from sae.architectures.clt import CLT, CLTConfig
+from sae.architectures.crosscoder import CrosscoderConfig, CrosscoderSAE
 from sae.architectures.gated import GatedConfig, GatedSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
+from sae.architectures.gsae import GSAE, GSAEConfig
 from sae.architectures.itda import ITDASAE, ITDAConfig
 from sae.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from sae.architectures.kron import KronConfig, KronSAE
 from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from sae.architectures.mlsae import MLSAE, MLSAEConfig
 from sae.architectures.msae import MSAE, MSAEConfig
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.standard import StandardConfig, StandardSAE
@@ -63,4 +68,9 @@ REGISTRY: dict[str, Entry] = {
     "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
     "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "crosscoder": Entry(CrosscoderSAE, CrosscoderConfig, None, sparsity="k", lr=1e-3),
+    "mlsae": Entry(MLSAE, MLSAEConfig, None, sparsity="k", lr=1e-3),
+    "boost": Entry(BoostSAE, BoostConfig, None, sparsity="k", lr=1e-3),
+    "gsae": Entry(GSAE, GSAEConfig, None, sparsity="k", lr=1e-3),
+    "clt": Entry(CLT, CLTConfig, None, sparsity="k", lr=1e-3),
 }

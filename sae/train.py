@@ -440,6 +440,8 @@ def _metadata(run: Run, settings: Training, rows: Activations) -> dict[str, Any]
         "prepend_bos": False,
         "sae_workbench_version": run.meta.get("sae-workbench", ""),
     }
+    if isinstance(rows, CachedActivations) and rows.heads:
+        known["heads"] = rows.heads
     if settings.hooks:
         known["hook_names"] = list(settings.hooks)
     if isinstance(rows, Pooled):

@@ -16,10 +16,12 @@ from app.cli.eval import command as eval_command
 from app.cli.index import command as index_command
 from app.cli.sweep import command as sweep_command
 from app.cli.train import command as train_command
-from sae import load_sae
+from sae import checkpoint, load_sae
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.transcoder import TranscoderConfig
 from sae.evals.splice_loss import splice_loss
+from sae.heads import heads_of
+from sae.train import begun_with, train
 from steering import SteeringVector
 from tests.activations.test_capture import contexts, new_run
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -89,6 +91,72 @@ def test_pooled_hooks_are_measured_each(run):
     assert metrics["fvu"]["value"] == pytest.approx(sum(each) / 3)
     assert all(0 < value < 0.9 for value in each)
     assert {f"delta_ce {hook}" for hook in POSTS} < metrics.keys()
+
+
+def test_a_crosscoder_is_measured_at_each_hook(run):
+    trained(run, "c", "--arch", "crosscoder", *(word for hook in POSTS for word in ("--hook", hook)))
+    metrics = metrics_of(run, "c")
+    assert all(0 < metrics[f"fvu {hook}"]["value"] < 0.9 for hook in POSTS)
+    assert {f"delta_ce {hook}" for hook in POSTS} < metrics.keys()
+    assert metrics["l0"]["value"] == pytest.approx(4, abs=0.5)
+
+
+def test_a_cross_layer_transcoder_predicts_the_mlps_of_all_layers(run):
+    ends = {side: [f"blocks.{layer}.hook_mlp_{side}" for layer in range(3)] for side in ("in", "out")}
+    model = Model("tiny", "0", tiny_model(), tiny_tokenizer())
+    collect(run, model, [*ends["in"], *ends["out"]], contexts(250), dtype="float32")
+    reads = [word for hook in ends["in"] for word in ("--hook", hook)]
+    writes = [word for hook in ends["out"] for word in ("--target-hook", hook)]
+    trained(run, "clt", "--arch", "clt", *reads, *writes)
+    metrics = metrics_of(run, "clt")
+    assert all(0 < metrics[f"fvu {hook}"]["value"] < 0.95 for hook in ends["out"])
+    assert {f"delta_ce {hook}" for hook in ends["out"]} < metrics.keys()
+
+
+def test_a_boost_goes_on_a_dictionary_of_the_run(run):
+    trained(run, "base", "--hook", POSTS[1], "--d-sae", "16")
+    trained(run, "more", "--arch", "boost", "--hook", POSTS[1], "--base", "base")
+    assert metrics_of(run, "more")["fvu"]["value"] < 0.9 * metrics_of(run, "base")["fvu"]["value"]
+
+
+@pytest.fixture
+def gradients(tmp_path) -> Run:
+    model = Model("tiny", "0", tiny_model(), tiny_tokenizer())
+    made = new_run(tmp_path / "gradients", n_tokens=4000)
+    collect(made, model, [POSTS[1]], contexts(250), dtype="float32", gradients=True)
+    return made
+
+
+def test_a_gsae_chooses_otherwise_for_its_gradients_and_resumes(run, gradients, monkeypatch):
+    files = ("sae_weights.safetensors", "train.jsonl")
+    whole = trained(gradients, "g", "--arch", "gsae")
+    plain = trained(gradients, "t", "--arch", "topk")
+    assert (whole / files[0]).read_bytes() != (plain / files[0]).read_bytes()
+    save = checkpoint.save
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    wanted = begun_with(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(gradients, wanted, name="broken", checkpoint_seconds=0.0)
+    monkeypatch.setattr(checkpoint, "save", save)
+    broken = train(gradients, wanted, name="broken")
+    assert all((whole / name).read_bytes() == (broken / name).read_bytes() for name in files)
+    with pytest.raises(InputError, match="cached without gradients"):
+        said(train_command, run.path, "--hook", POSTS[1], "--arch", "gsae", *SMALL)
+
+
+def test_a_dictionary_of_heads_says_how_many(run):
+    hook = "blocks.1.attn.hook_z"
+    collect(run, Model("tiny", "0", tiny_model(), tiny_tokenizer()), [hook], contexts(250), dtype="float32")
+    folder = trained(run, "z", "--hook", hook)
+    assert heads_of(load_sae(folder)) == 4
+    assert json.loads((folder / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    with pytest.raises(InputError, match="has no heads"):
+        heads_of(load_sae(trained(run, "plain", "--hook", POSTS[0])))
 
 
 def test_transcoders_are_swept(run, tmp_path):
