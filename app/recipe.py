@@ -59,7 +59,8 @@ def training(recipe: Recipe, *, hook: str, d_in: int, widths: Mapping[str, int] 
     if arch not in REGISTRY:
         raise InputError(f"Architecture {arch!r} is unknown: expected one of {', '.join(REGISTRY)}.")
     field, k = REGISTRY[arch].sparsity, recipe.get("k", K)
-    if field == "k" and k != int(k):
+    whole = {each.name: each.type for each in dataclasses.fields(REGISTRY[arch].config)}[field] is int
+    if whole and k != int(k):
         raise InputError(f"k={k:g} is no whole number: {arch} keeps exactly k latents a token.")
     given: dict[str, Any] = {name: value for name, value in recipe.items() if name in SAME}
     hooks, targets = hooks_of(recipe) or (hook,), tuple(recipe.get("target_hook", ()))
@@ -71,7 +72,7 @@ def training(recipe: Recipe, *, hook: str, d_in: int, widths: Mapping[str, int] 
         target_hooks=targets,
         sizes={
             "d_sae": recipe.get("d_sae") or recipe.get("expansion", EXPANSION) * d_in,
-            field: int(k) if field == "k" else float(k),
+            field: int(k) if whole else float(k),
             **sizes_of_hooks(arch, [width[name] for name in hooks], [width[name] for name in targets]),
         },
         n_tokens=recipe.get("tokens", TOKENS),

@@ -17,7 +17,7 @@ only children of parents that fire are drawn, which makes no difference to what 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,9 @@ class World:
 
     def to(self, device: torch.device | str) -> "World":
         """The same world on another device. There, a generator of the same seed gives other rows."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        each = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in each.items()}
+        return World(**moved)
 
     @torch.no_grad()
     def sample(

@@ -121,6 +121,8 @@ class SAE(nn.Module, abc.ABC):
     """True when latents may be negative."""
     tied: ClassVar[bool] = False
     """True when decoder rows are read from too: there is no W_enc."""
+    penalised: ClassVar[bool] = False
+    """True when the loss of a dictionary with a k depends on `State.penalty` all the same."""
     biases: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters in units of the activations: they shrink with x, the weights do not."""
     unit_rows: tuple[str, ...] = ("W_dec",)
@@ -250,6 +252,17 @@ class SAE(nn.Module, abc.ABC):
                 self.W_enc.copy_(self.W_dec.T)
             self.b_dec.copy_(x.mean(dim=0))
 
+    @torch.no_grad()
+    def restart(
+        self, latents: Int[Tensor, " _m"], directions: Float[Tensor, "_m d_in"], norm: Float[Tensor, ""]
+    ) -> None:
+        """Start these latents anew along unit directions, with encoder rows of this norm (`sae.resample`)."""
+        self.W_dec[latents] = directions
+        if self.has_encoder_rows:
+            self.W_enc[:, latents] = (directions * norm).T
+        if "b_enc" in self.by_latent:
+            self.b_enc[latents] = 0
+
     def initialise_output(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]) -> None:
         """After `initialise`, where the target is not x: what of the weights follows from a sample of both."""
 
@@ -268,17 +281,6 @@ class SAE(nn.Module, abc.ABC):
             if begin < end:
                 rows = rows[begin - first : end - first]
                 held_rows[begin - held.start : end - held.start] = rows / rows.norm(dim=1, keepdim=True)
-
-    @torch.no_grad()
-    def restart(
-        self, latents: Int[Tensor, " _m"], directions: Float[Tensor, "_m d_in"], norm: Float[Tensor, ""]
-    ) -> None:
-        """Start these latents anew along unit directions, with encoder rows of this norm (`sae.resample`)."""
-        self.W_dec[latents] = directions
-        if self.has_encoder_rows:
-            self.W_enc[:, latents] = (directions * norm).T
-        if "b_enc" in self.by_latent:
-            self.b_enc[latents] = 0
 
     def after_step(self, state: State) -> None:
         """After the optimiser's step: what else an architecture adjusts. Without gradient, without waiting."""

@@ -27,7 +27,7 @@ from sae.sparse import Ragged, nonzero, to_table
 
 CAP = 4
 """Latents that a row may have in training, in units of k."""
-KEEPS = 0.99
+KEEPS = 0.95
 """Share of itself that a threshold keeps at each step."""
 
 
@@ -142,12 +142,12 @@ def _of_batch(
     moved = torch.where(threshold == 0, least, threshold.lerp(least, 1 - KEEPS))
     threshold.copy_(torch.where(least.isfinite(), moved, threshold))
     own = kept[mesh.row :: mesh.n_rows] & (table.values != 0)
-    return _flat(table, own, min(m, own.numel())), kept.all(dim=1).float().mean()
+    return flat(table, own, min(m, own.numel()), static=own.is_cuda), kept.all(dim=1).float().mean()
 
 
-def _flat(table: Codes, kept: Bool[Tensor, "n k"], most: int) -> Codes:
-    """The kept entries, at most so many, as a flat table. On a GPU it has `most` places, so that nothing waits."""
-    if kept.is_cuda:
+def flat(table: Codes, kept: Bool[Tensor, "n k"], most: int, *, static: bool) -> Codes:
+    """The kept entries, at most so many, as a flat table. static: of `most` places, so that a GPU waits for nothing."""
+    if static:
         # Those that are too many are in the last place, and count for nothing.
         places = torch.nonzero_static(kept.flatten(), size=most, fill_value=kept.numel() - 1).squeeze(1)
         real = torch.arange(most, device=kept.device) < kept.sum()

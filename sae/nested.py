@@ -6,14 +6,16 @@ between two ks is decoded once and belongs to all larger ones.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae import ksparse, sparse
 from sae.base import SAE, Loss, State
-from sae.ksparse import Codes
+from sae.ksparse import Bags, Codes
 from sae.losses import fvu
 from sae.select import topk
 
@@ -44,18 +46,25 @@ def loss(
     ks = [min(k, sae.n_held) for k in ks]
     select = partial(ranked, signed=sae.signed)
     codes = ksparse.choose(sae, centred, ks[-1], dead, state.pre, select)
-    first = Codes(codes.values[:, : ks[0]].contiguous(), codes.indices[:, : ks[0]].contiguous(), codes.dead_z)
+    n, first = len(x), codes._replace(values=codes.values[:, : ks[0]], indices=codes.indices[:, : ks[0]])
     with torch.autocast(x.device.type, enabled=False):
-        x_hat, of_dead = ksparse.reconstruct(sae, centred, first, dead)
-        error = x_hat - target
-        fvus = [fvu(error, target, mesh)]
-        aux = ksparse.auxk(sae, error, of_dead, dead)
-        for k, more in zip(ks, ks[1:], strict=False):
-            if more > k:
-                block = Codes(codes.values[:, k:more].contiguous(), codes.indices[:, k:more].contiguous(), None)
-                error = error + ksparse.reconstruct(sae, centred, block, None)[0] - sae.b_dec
-            fvus.append(fvu(error, target, mesh))
+        decoded, of_dead = ksparse.decode(sae, centred, _in_bags(codes, ks), dead)
+        parts = decoded.view(n, len(ks), -1).unbind(dim=1)
+        errors = list(accumulate(parts, initial=sae.b_dec - target))[1:]
+        fvus = [fvu(error, target, mesh) for error in errors]
+        aux = ksparse.auxk(sae, errors[0], of_dead, dead)
         total = torch.stack([weight * each for weight, each in zip(weights, fvus, strict=True)]).sum()
-        l0 = mesh.mean_rows(mesh.sum_latents((first.values != 0).sum() / len(x)))
+    l0 = ksparse.l0_of(sae, first, n)
     terms = {"fvu": fvus[0].detach(), "fvu_widest": fvus[-1].detach(), "auxk": aux.detach(), "l0": l0}
     return Loss(total + auxk_weight * aux, terms, sparse.fired(first.values, first.indices, sae.n_held))
+
+
+def _in_bags(codes: Codes, ks: Sequence[int]) -> Codes:
+    """The ranked codes of each row, those up to the first k in a bag, those from there to the next k in another."""
+    (n, width), device = codes.values.shape, codes.values.device
+    place, row = torch.arange(width, device=device), torch.arange(n, device=device)[:, None]
+    level = torch.stack([place >= k for k in ks[:-1]] or [place < 0]).sum(dim=0)
+    firsts = [row * width + k for k in (0, *ks[:-1])]
+    starts = pad(torch.cat(firsts, dim=1).flatten(), (0, 1), value=n * width)
+    bags = Bags(starts, (row * len(ks) + level).flatten(), row.expand(n, width).flatten())
+    return Codes(codes.values.view(-1, 1), codes.indices.view(-1, 1), codes.dead_z, bags)

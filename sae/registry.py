@@ -9,7 +9,9 @@ from sae.architectures.batchabstopk import BatchAbsTopKConfig, BatchAbsTopKSAE
 from sae.architectures.batchtopk import BatchTopKConfig, BatchTopKSAE
 from sae.architectures.boost import BoostConfig, BoostSAE
 from sae.architectures.clt import CLT, CLTConfig
+from sae.architectures.codebook import CodebookConfig, CodebookSAE
 from sae.architectures.crosscoder import CrosscoderConfig, CrosscoderSAE
+from sae.architectures.featurechoice import FeatureChoiceConfig, FeatureChoiceSAE
 from sae.architectures.gated import GatedConfig, GatedSAE
 from sae.architectures.groupmax import GroupMaxConfig, GroupMaxSAE
 from sae.architectures.gsae import GSAE, GSAEConfig
@@ -20,8 +22,10 @@ from sae.architectures.matching_pursuit import MatchingPursuitConfig, MatchingPu
 from sae.architectures.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from sae.architectures.mlsae import MLSAE, MLSAEConfig
 from sae.architectures.msae import MSAE, MSAEConfig
+from sae.architectures.mutualchoice import MutualChoiceConfig, MutualChoiceSAE
 from sae.architectures.skip_transcoder import SkipTranscoderSAE
 from sae.architectures.standard import StandardConfig, StandardSAE
+from sae.architectures.structured import StructuredConfig, StructuredSAE
 from sae.architectures.topafa import TopAFAConfig, TopAFASAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.architectures.transcoder import TranscoderConfig, TranscoderSAE
@@ -40,6 +44,8 @@ class Entry(NamedTuple):
     lr: float
     """Peak learning rate at 4,608 latents; it falls with the square root of the width. A `FittedSAE` has none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    resamplings: int = 0
+    """How often dead latents are resampled in the first half of a run that does not say."""
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
 
@@ -53,7 +59,10 @@ REGISTRY: dict[str, Entry] = {
     "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
+    "mutualchoice": Entry(MutualChoiceSAE, MutualChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "featurechoice": Entry(FeatureChoiceSAE, FeatureChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
     "topafa": Entry(TopAFASAE, TopAFAConfig, None, sparsity="k", lr=1e-3),
+    "codebook": Entry(CodebookSAE, CodebookConfig, None, sparsity="k", lr=3e-3, resamplings=20),
     "itda": Entry(ITDASAE, ITDAConfig, None, sparsity="k", lr=0.0),
     "kron": Entry(KronSAE, KronConfig, None, sparsity="k", lr=2e-3),
     "matching_pursuit": Entry(
@@ -64,13 +73,14 @@ REGISTRY: dict[str, Entry] = {
         lr=1e-3,
         renamed={"k": "max_iterations"},
     ),
-    "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
-    "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
     "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
+    "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "crosscoder": Entry(CrosscoderSAE, CrosscoderConfig, None, sparsity="k", lr=1e-3),
     "mlsae": Entry(MLSAE, MLSAEConfig, None, sparsity="k", lr=1e-3),
     "boost": Entry(BoostSAE, BoostConfig, None, sparsity="k", lr=1e-3),
     "gsae": Entry(GSAE, GSAEConfig, None, sparsity="k", lr=1e-3),
     "clt": Entry(CLT, CLTConfig, None, sparsity="k", lr=1e-3),
+    "structured": Entry(StructuredSAE, StructuredConfig, None, sparsity="k", lr=1e-3),
 }

@@ -56,7 +56,8 @@ class Training:
     dead_tokens: int | None = None
     """A latent that has not fired in so many tokens is dead; None: min(10 M, a tenth of the run)."""
     resample_every: int | None = None
-    """Tokens between resamplings of dead latents, in the first half of the run; None: never."""
+    """Tokens between resamplings of dead latents, in the first half of the run; None: as the registry says, mostly
+    never."""
     matmul: str | None = None
     """Precision of the wide products: "float32" or "bfloat16", None for the faster of them on this machine; "float8":
     bfloat16, and eight bits for the encoder's, which GPUs since Ada and Hopper make twice as fast."""
@@ -85,7 +86,7 @@ class Training:
                 raise InputError(f"{self.architecture} is fitted in one pass, without gradient: leave out {given[0]}.")
         if self.k_from is not None and "k" not in self.sizes:
             raise InputError(f"k_from={self.k_from}: {self.architecture} has no k; use sparsity_warmup.")
-        if self.sparsity_warmup and "k" in self.sizes:
+        if self.sparsity_warmup and "k" in self.sizes and not REGISTRY[self.architecture].sae.penalised:
             raise InputError(f"sparsity_warmup={self.sparsity_warmup}: {self.architecture} has no penalty; use k_from.")
 
     def _check_hooks(self) -> None:
@@ -161,9 +162,11 @@ class Training:
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents are resampled after this step."""
-        if self.resample_every is None or step + 1 > self.n_steps // 2:
+        times = REGISTRY[self.architecture].resamplings
+        every = self.resample_every or (self.n_tokens // (2 * times) if times else None)
+        if every is None or step + 1 > self.n_steps // 2:
             return False
-        return (step + 1) % max(self.resample_every // self.batch, 1) == 0
+        return (step + 1) % max(every // self.batch, 1) == 0
 
     def _rise(self, step: int, share: float) -> float:
         return min((step + 1) / max(share * self.n_steps, 1), 1.0)

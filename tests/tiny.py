@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,6 +39,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of 101 words, w0 to w100."""
     vocab = {f"w{i}": i for i in range(101)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="w0")), pad_token="w0")
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tiny_tokenizer`, and text is cut into words at its spaces."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
 
 
 def plant(run: Run, shards: Sequence[tuple[Tokens, Tensor]], *, find_sinks: bool = False, hook: str = HOOK) -> None:

@@ -37,16 +37,17 @@ def command(
     """Measure a dictionary into eval.json. Example: sae eval runs/mine --metric geometry --metric controls"""
     from pathlib import Path
 
-    from activations.model import Model, load_model
+    from activations.model import Model, load_model, pick_device
     from activations.run import Run, dictionary_folder
-    from sae.evals.subject import Options
-    from sae.evals.suite import check_names, evaluate
+    from data.senses import sense_contexts
+    from sae.evals.subject import Options, SenseContext
+    from sae.evals.suite import check_names, evaluate, reads_model
 
     folder = dictionary_folder(address)
     check_names(names)
     run = Run.open(folder.parent.parent)
     model: Model | None = None
-    if run.has_text:
+    if run.has_text and reads_model(names):
         model = load_model(run.meta["model"], dtype=model_dtype or run.meta["model_dtype"], device=device)
     options = Options(
         seed=seed,
@@ -54,9 +55,10 @@ def command(
         sets=sets,
         set_rows=set_rows,
         sets_from=None if sets_from is None else Path(sets_from),
+        senses=[SenseContext(*each) for each in sense_contexts()],
         say=lambda name: click.echo(f"{name} ...", err=True),
     )
-    metrics = evaluate(folder, model, names=names, against=against, options=options)
+    metrics = evaluate(folder, model, names=names, against=against, options=options, device=str(pick_device(device)))
     if as_json:
         click.echo(json.dumps({name: asdict(metric) for name, metric in metrics.items()}))
         return

@@ -11,6 +11,7 @@ from app.parts.pickers import pick_dictionary, query_of
 from app.parts.steering import Request, compare, result_html, saved_edits
 from app.runs import Dictionary
 from data.store import StoreError
+from sae.registry import REGISTRY
 
 RESULT = "steer_result"
 FEATURE, SAVED = "A feature", "A saved edit"
@@ -103,7 +104,8 @@ def is_signed(dictionary: Dictionary) -> bool:
     try:
         return queries.store_of(dictionary).signed
     except StoreError:
-        return dictionary.config.get("architecture") == "abstopk"
+        entry = REGISTRY.get(str(dictionary.config.get("architecture")))
+        return entry is not None and entry.sae.signed
 
 
 def explanation_html(dictionary: Dictionary, feature: int) -> str:

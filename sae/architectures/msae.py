@@ -5,7 +5,7 @@
 Loss: sum_j w_j FVU(x_hat_j) / sum_j w_j + 1/32 AuxK of the first k. Nested in k, not in width (that is Matryoshka).
 With `whole` the last k_j is d_sae: all positive latents, dense. `encode` keeps k latents, `encode_at` any number.
 Source: arXiv:2502.20578. Differs: FVU in place of the mean of |e|^2 / |x|^2; d_sae among the k_j only if asked for,
-since its step costs three times as much; AuxK; no soft cap, as in the paper's own runs.
+since on planted rows that makes all smaller k worse; AuxK; no soft cap, as in the paper's own runs.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class MSAEConfig(KSparseConfig):
     """How many k are trained at most, the first k itself and each twice the last; those of d_sae and above are not."""
     whole: bool = False
     """Whether all latents together are one more level."""
-    weights: str = "uniform"
-    """Of the levels: "uniform", or "reverse": n for k, n - 1 for 2k, ..., 1 for the last of n."""
+    weights: str = "reverse"
+    """Of n levels: "reverse", n for k, n - 1 for 2k, ..., 1 for the last; or "uniform"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

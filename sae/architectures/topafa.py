@@ -30,7 +30,7 @@ from sae.nested import ranked
 class TopAFAConfig(KSparseConfig):
     """As TopK's, but k is the most latents that a token may have."""
 
-    afa_weight: float = 1 / 8
+    afa_weight: float = 1 / 32
     """Weight of the loss that brings the norm of z to that of x; 0 turns it off."""
 
     def __post_init__(self) -> None:

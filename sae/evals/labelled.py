@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pc
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,24 +83,30 @@ def last_token_rows(
 ) -> Float[Tensor, "n d_in"]:
     """The activations of each text's last token at `hook`, in the model's dtype, on the CPU.
 
-    Nothing is added to a text. One of a single token is at position 0, where activations are out of the ordinary; its
-    row is as it comes.
+    Nothing is added to a text; one without a token is taken for the end of a text. At position 0 activations are out of
+    the ordinary: the row of a text of a single token is as it comes.
     """
-    ids = [(model.encode(text)[0][-max_tokens:] if text else model.encode(" ")[0]).cpu() for text in texts]
+    ids = [model.encode(text)[0][-max_tokens:].cpu() for text in texts]
+    nothing = torch.tensor([model.tokenizer.eos_token_id or 0])
+    return rows_of_last(model, hook, [each if len(each) else nothing for each in ids])
+
+
+def rows_of_last(model: Model, hook: str, sequences: Sequence[Int[Tensor, " _time"]]) -> Float[Tensor, "n d_in"]:
+    """The activations of each sequence's last token at `hook`, in the model's dtype, on the CPU."""
     rows: dict[int, Tensor] = {}
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     while order:
         taken: list[int] = []
         n = 0
-        while order and (not taken or n + len(ids[order[-1]]) <= _TOKENS_AT_ONCE):
+        while order and (not taken or n + len(sequences[order[-1]]) <= _TOKENS_AT_ONCE):
             taken.append(order.pop())
-            n += len(ids[taken[-1]])
-        positions = torch.cat([torch.arange(len(ids[i])) for i in taken]).int()
-        joined = torch.cat([ids[i] for i in taken]).int()
+            n += len(sequences[taken[-1]])
+        positions = torch.cat([torch.arange(len(sequences[i])) for i in taken]).int()
+        joined = torch.cat([sequences[i] for i in taken]).int()
         here = rows_at(model, joined, positions, [hook], model.dtype)[hook]
-        last = torch.tensor([len(ids[i]) for i in taken]).cumsum(0) - 1
+        last = torch.tensor([len(sequences[i]) for i in taken]).cumsum(0) - 1
         rows |= dict(zip(taken, here[last.to(here.device)].cpu(), strict=True))
-    return torch.stack([rows[i] for i in range(len(ids))])
+    return torch.stack([rows[i] for i in range(len(sequences))])
 
 
 def kept_rows(path: Path, model: Model, hook: str, texts: Sequence[str]) -> Float[Tensor, "n d_in"]:

@@ -6,6 +6,7 @@ Columns are scaled to standard deviation 1 and mean 0 first, so one grid of C fi
 the same rows at once (the folds: a weight of 0 leaves a row out), from a small C to a large one, each from the last.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +40,14 @@ class Probe(NamedTuple):
 
 
 def fit_probe(
-    x: Float[Tensor, "n d"], classes: Bool[np.ndarray, " n"], *, seed: int = 0, balanced: bool = False
+    x: Float[Tensor, "n d"],
+    classes: Bool[np.ndarray, " n"],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    balanced: bool = False,
+    seed: int = 0,
 ) -> Probe:
-    """Fit to all rows, C chosen among `STRENGTHS` by the mean AUC over stratified folds (equal ones: the smallest).
+    """Fit to all rows, C chosen among `strengths` by the mean AUC over stratified folds (equal ones: the smallest).
 
     balanced: classes count the same, however many rows each has. Both classes must have a row.
     """
@@ -56,8 +62,8 @@ def fit_probe(
     fold = torch.as_tensor(folds_of(classes, seed), device=x.device)
     training = weight * (fold[None] != torch.arange(FOLDS, device=x.device)[:, None])
     parameters = x.new_zeros(FOLDS, x.shape[1] + 1)
-    best, chosen = -np.inf, STRENGTHS[0]
-    for strength in STRENGTHS:
+    best, chosen = -np.inf, strengths[0]
+    for strength in strengths if len(strengths) > 1 else ():
         parameters = newton(x, y, training, strength, parameters)
         scores = (x @ parameters[:, :-1].T + parameters[:, -1]).cpu().numpy()
         held = [fold.cpu().numpy() == i for i in range(FOLDS)]

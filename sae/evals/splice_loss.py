@@ -75,7 +75,7 @@ def splice_losses(
     reads: the hooks that changes are made from, as the clean model has them. gives: those that they are of.
     n_contexts, seed: of `splice_loss`.
     """
-    contexts = _contexts(reads[0], n_contexts, seed)
+    contexts = contexts_of(reads[0], n_contexts, seed)
     clean_ce: list[Tensor] = []
     ce: dict[str, dict[str, list[Tensor]]] = {part.hook: {name: [] for name in changes} for part in gives}
     kl: dict[str, dict[str, list[Tensor]]] = {part.hook: {name: [] for name in changes} for part in gives}
@@ -144,7 +144,7 @@ def _mean_of_real(each: Float[Tensor, "batch time"], target: Int[Tensor, "batch 
     return ((each * real).sum(dim=1) / real.sum(dim=1)).cpu()
 
 
-def _contexts(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, " context"]]:
+def contexts_of(cache: CachedActivations, n: int, seed: int) -> list[Int[Tensor, " context"]]:
     """Whole sequences of at least three tokens from the cache, those of held-out documents first."""
     everything: list[Tensor] = []
     outside: list[Tensor] = []

@@ -14,11 +14,16 @@ from activations.files import read_json, write_json
 from activations.model import Model
 from activations.run import Run, dictionary_folder, versions
 from sae.base import SAE
+from sae.evals.ablation import ablation
+from sae.evals.absorption import absorption
 from sae.evals.baselines import baselines
 from sae.evals.cost import cost
+from sae.evals.dark_matter import dark_matter
 from sae.evals.density import density
+from sae.evals.explainability import explainability
 from sae.evals.geometry import geometry
 from sae.evals.metric import Metric, over_hooks
+from sae.evals.polysemy import polysemy
 from sae.evals.probing import compared, probing
 from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
@@ -38,9 +43,9 @@ class Entry(NamedTuple):
 
     measure: Callable[[Subject], dict[str, Metric]]
     needs: tuple[str, ...]
-    """Beyond the weights: "cache", "model", "against" (another dictionary), "sets" (labelled texts), "senses"; "one
-    hook": dictionaries that read and give back one. What needs no cache is of the weights alone, and taken once where a
-    dictionary is measured at several hooks."""
+    """Beyond the weights: "cache", "model" ("model?": measures more with one), "against" (another dictionary), "sets"
+    (labelled texts), "senses"; "one hook": dictionaries that read and give back one. What needs no cache is of the
+    weights alone, and taken once where a dictionary is measured at several hooks."""
     cheap: bool
     """Runs when no metric is named, where what it needs is there."""
 
@@ -54,6 +59,12 @@ def sinks(cache: CachedActivations) -> dict[str, Metric]:
         definition=f"share of tokens past position 0 with a norm over {SINK_FACTOR:g} medians; left out elsewhere",
     )
     return {"sinks": share}
+
+
+def _ablation(subject: Subject) -> dict[str, Metric]:
+    assert subject.model is not None
+    options = subject.options
+    return ablation(subject.sae, subject.model, subject.cache, n_contexts=options.contexts, seed=options.seed)
 
 
 def _stability(subject: Subject) -> dict[str, Metric]:
@@ -85,9 +96,14 @@ TABLE: dict[str, Entry] = {
     "geometry": Entry(lambda s: geometry(s.sae), (), cheap=True),
     "cost": Entry(lambda s: cost(s.sae, seed=s.options.seed), (), cheap=True),
     "splice": Entry(_splice, ("cache", "model"), cheap=True),
-    "controls": Entry(baselines, ("cache", "one hook"), cheap=False),
+    "controls": Entry(baselines, ("cache", "model?", "one hook"), cheap=False),
     "probing": Entry(probing, ("cache", "model", "sets", "one hook"), cheap=False),
     "probing_difference": Entry(compared, ("against",), cheap=False),
+    "dark_matter": Entry(lambda s: dark_matter(s.sae, s.cache), ("cache", "one hook"), cheap=False),
+    "explainability": Entry(explainability, ("cache", "model?", "one hook"), cheap=False),
+    "ablation": Entry(_ablation, ("cache", "model", "one hook"), cheap=False),
+    "absorption": Entry(absorption, ("cache", "model", "one hook"), cheap=False),
+    "polysemy": Entry(polysemy, ("cache", "model", "senses", "one hook"), cheap=False),
     "stability": Entry(_stability, ("against",), cheap=False),
     "universality": Entry(_universality, ("cache", "against", "one hook"), cheap=False),
 }
@@ -101,22 +117,25 @@ def evaluate(
     names: Sequence[str] = (),
     against: str | Path | None = None,
     options: Options = Options(),  # noqa: B008  (immutable)
+    device: str = "cpu",
 ) -> dict[str, Metric]:
     """Measure the dictionary in `folder`, part of a run, on the run's cache and model; merges into its eval.json.
 
-    model: None for a run of vectors, which has none: what needs one is left out.
+    model: None for a run of vectors, which has none, and where `reads_model` says that it is not read.
     names: rows of `TABLE`; empty: those that are cheap. against: RUN/ID of the dictionary to compare with.
+    device: where to compute without a model; else where that is.
 
     Raises InputError when the run's activations are gone, and for a metric that is unknown or lacks what it needs.
     """
     check_names(names)
-    sae = load_sae(folder, device=str(model.device if model is not None else "cpu"))
+    device = str(model.device) if model is not None else device
+    sae = load_sae(folder, device=device)
     measured = measured_on(folder, sae)
     subject = Subject(
         sae=sae,
         cache=parts_read(*measured[0][1:])[0],
         model=model,
-        against=None if against is None else _other(against, model),
+        against=None if against is None else _other(against, device),
         folder=folder,
         options=options,
     )
@@ -162,6 +181,12 @@ def check_names(names: Sequence[str]) -> None:
             raise InputError(f"No metric {name!r}: expected one of {', '.join(TABLE)}.")
 
 
+def reads_model(names: Sequence[str]) -> bool:
+    """Whether any of these (none: of the cheap ones) makes use of the language model."""
+    rows = [TABLE[name] for name in names] or [row for row in TABLE.values() if row.cheap]
+    return any(need.startswith("model") for row in rows for need in row.needs)
+
+
 def lacking(subject: Subject, name: str) -> str | None:
     """What the metric needs and the subject has not, for a message; None when it can be measured.
 
@@ -184,9 +209,8 @@ def _cache_of(folder: Path) -> CachedActivations:
     return Run.open(folder.parent.parent).activations(str(read_json(folder / "train.json")["hook"]))
 
 
-def _other(address: str | Path, model: Model | None) -> Other:
+def _other(address: str | Path, device: str) -> Other:
     folder = dictionary_folder(address)
-    device = str(model.device if model is not None else "cpu")
     return Other(sae=load_sae(folder, device=device), cache=_cache_of(folder), name=str(address))
 
 

@@ -125,3 +125,11 @@ def test_what_the_sizes_have_beyond_the_options_stays_on_resume(path):
     (folder / "cfg.json").unlink()
     train_run(path, name="a", resume=True)
     assert json.loads((folder / "cfg.json").read_text())["auxk_weight"] == 0
+
+
+def test_k_may_be_a_fraction_where_a_batch_shares_it_and_nowhere_else():
+    made = training({"arch": "batchtopk", "k": 6.5, "d_sae": 64}, hook="h", d_in=16)
+    assert made.sizes["k"] == 6.5
+    assert training({"arch": "topk", "k": 6.0, "d_sae": 64}, hook="h", d_in=16).sizes["k"] == 6
+    with pytest.raises(InputError, match=r"k=6.5 is no whole number: topk keeps exactly k latents a token\."):
+        training({"arch": "topk", "k": 6.5, "d_sae": 64}, hook="h", d_in=16)

@@ -75,7 +75,7 @@ def test_msae_is_the_weighted_mean_of_the_fvu_at_each_k(whole, weights, shares):
 
 
 def test_msae_leaves_out_levels_wider_than_the_dictionary():
-    sae = filled(MSAE(MSAEConfig(d_in=12, d_sae=40, k=15)))
+    sae = filled(MSAE(MSAEConfig(d_in=12, d_sae=40, k=15, weights="uniform")))
     x = torch.randn(40, 12)
     torch.testing.assert_close(sae.loss(x, x, State()).total, (dense_fvu(sae, x, 15) + dense_fvu(sae, x, 30)) / 2)
 

@@ -15,7 +15,7 @@ from sae.evals.labelled import kept_rows, labelled_sets, last_token_rows, sets_f
 from sae.evals.logistic import auc, f1, fit_probe, folds_of, newton
 from sae.evals.probing import KS, by_difference, columns, compared, metrics_of, set_scores, split
 from sae.evals.subject import Other, Subject
-from tests.tiny import HOOK, planted_rows, planted_run, tiny_model, tiny_tokenizer
+from tests.tiny import HOOK, planted_rows, planted_run, spaced_tokenizer, tiny_model
 
 
 def test_newton_finds_the_minimum_of_the_penalised_loss_for_each_weighting():
@@ -159,7 +159,7 @@ def test_a_wheel_is_unpacked_once_and_only_if_it_is_the_one_that_was_tested(tmp_
 def tiny():
     from activations.model import Model
 
-    return Model("tiny", "none", tiny_model(), tiny_tokenizer())
+    return Model("tiny", "none", tiny_model(), spaced_tokenizer())
 
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w1 w2 w3 w9 w9 w9 w9", "w7 w8 w1 w2 w3"]
@@ -172,6 +172,7 @@ def test_a_texts_row_is_that_of_its_last_token_alone(tiny):
         assert torch.allclose(row, alone, atol=1e-5)
     cut = last_token_rows(tiny, HOOK, [TEXTS[3]], max_tokens=3)
     assert torch.allclose(cut[0], rows[0], atol=1e-5)
+    assert not torch.allclose(rows[0], rows[3], atol=1e-2)
     assert last_token_rows(tiny, HOOK, [""]).shape == (1, 32)
 
 
