@@ -115,7 +115,8 @@ def test_controls_are_the_ends_and_pca_with_all_components_is_exact(cache):
     found = {name: values(reconstruction(sae, cache)) for name, sae in made.items()}
     assert found["identity"]["fvu"] == pytest.approx(0, abs=1e-9)
     assert found["mean"]["explained_variance"] == pytest.approx(0, abs=1e-2)  # the mean of rows that are trained on
-    assert found["pca"]["l0"] == found["random"]["l0"] == 3
+    assert found["pca"]["l0"] == 3
+    assert found["random"]["l0"] == pytest.approx(3, abs=0.05)  # a row may have fewer positive pre-activations
     rows = torch.cat([cache.rows(i)[cache.mask(i)] for i in range(cache.n_shards)])
     left = torch.linalg.svdvals(rows - rows.mean(dim=0)).square()
     assert found["pca"]["fvu"] == pytest.approx(float(left[3:].sum() / left.sum()), abs=0.02)
