@@ -110,6 +110,7 @@ def choose(sae: BatchwiseSAE, x: Float[Tensor, "n d_in"], state: State) -> Chose
     """The n * k largest latents of the batch. Moves the thresholds."""
     cfg, mesh, dtype = sae.cfg, sae.mesh, precision(x)
     k, dead = state.k or cfg.k, state.dead if cfg.auxk_weight else None
+    u = ksparse.centred(sae, x)
     with torch.autocast(x.device.type, enabled=False):
 
         def encoder_input(u: Tensor) -> Tensor:
@@ -121,8 +122,6 @@ def choose(sae: BatchwiseSAE, x: Float[Tensor, "n d_in"], state: State) -> Chose
 
         if cfg.refine:
             u = encoder_input(refined(x - sae.b_dec, decode, cfg.refine, cfg.refine_step))
-        else:
-            u = (x - sae.b_dec).detach().to(dtype)
         codes, at_cap = _of_batch(sae, u.detach(), k, dead, cfg.refine)
     return Chosen(u, codes, dead, at_cap)
 

@@ -7,6 +7,8 @@ Source: Paulo & Belrose 2025, arXiv:2501.16615 (shared); Sharkey et al. 2022 (MM
 """
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from activations.errors import InputError
@@ -23,7 +25,7 @@ def stability(sae: SAE, other: SAE, name: str, *, seed: int = 0) -> dict[str, Me
 
     name: of the other, for the definitions. Raises InputError when the two are of different widths d_in.
     """
-    if sae.d_in != other.d_in:
+    if (sae.d_in, sae.d_out) != (other.d_in, other.d_out):
         raise InputError(
             f"Dictionaries of activations of {sae.d_in} and {other.d_in} numbers have no rows to compare: "
             "expected two of one hook; use --metric universality."
@@ -31,9 +33,8 @@ def stability(sae: SAE, other: SAE, name: str, *, seed: int = 0) -> dict[str, Me
     signed = sae.signed or other.signed
     mine, theirs = (normalize(each.W_dec.float(), dim=1) for each in (sae, other))
     by_decoder, cosines = match(mine, theirs, signed=signed)
-    by_encoder, encoder_cosines = match(
-        *(normalize(each.W_enc.T.float(), dim=1) for each in (sae, other)), signed=signed
-    )
+    encoders = [encoder_rows(each) for each in (sae, other)]
+    by_encoder, encoder_cosines = match(*(normalize(each, dim=1) for each in encoders), signed=signed)
     shared = (by_decoder == by_encoder) & (cosines >= SHARED) & (encoder_cosines >= SHARED)
     generator = torch.Generator().manual_seed(seed)
     random = normalize(torch.randn(theirs.shape, generator=generator), dim=1).to(mine.device)
@@ -59,3 +60,8 @@ def stability(sae: SAE, other: SAE, name: str, *, seed: int = 0) -> dict[str, Me
             float(nearest(mine, random, signed).mean()), "MMCS with random unit rows instead of the other", seed
         ),
     }
+
+
+def encoder_rows(sae: SAE) -> Float[Tensor, "d_sae _d"]:
+    """What latents are read by, a row a latent: the decoder's where the encoder is tied to it, or has no rows."""
+    return (sae.W_enc.T if sae.has_encoder_rows else sae.W_dec).float()

@@ -128,7 +128,7 @@ def test_other_settings_and_two_hooks_in_the_grid(run, grid):
     ("text", "says"),
     [
         ("[base", "is no TOML"),
-        ("[base]\nbanana = 3", "'banana' is no option of `sae train` for a sweep: expected one of arch, batch"),
+        ("[base]\nbanana = 3", "'banana' is no option of `sae train` for a sweep: expected one of arch, base, batch"),
         ("[base]\nlive = true", "'live' is no option"),
         ("[fruit]\nk = 3", "expected the tables [base] and [grid] alone, not fruit"),
         ("[grid]\nk = 3", "k = 3 in [grid]: expected a list of values"),

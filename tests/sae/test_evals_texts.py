@@ -16,6 +16,7 @@ from sae.evals.absorption import absorption_of, first_letters
 from sae.evals.controls import projection
 from sae.evals.dark_matter import dark_matter
 from sae.evals.explainability import firings, kurtosis, proxies
+from sae.evals.labelled import rows_of_last
 from sae.evals.polysemy import pairs_of, polysemy_of, prompts, scores
 from sae.evals.probing import split
 from sae.evals.subject import SenseContext
@@ -328,3 +329,15 @@ def test_ablation_of_a_tiny_model_has_a_random_direction_beside(tmp_path):
     assert all(0 < each.value < 1 and each.n == 5 for each in found.values())
     sae.b_enc.data.fill_(-1e6)
     assert ablation(sae, model, cache, n_contexts=5) == {}
+
+
+def test_on_the_embedded_model_all_shipped_words_are_read_and_its_activations_know_their_senses(model):
+    contexts = [SenseContext(*row) for row in sense_contexts()]
+    sequences, kept = prompts(model, contexts)
+    assert kept == contexts
+    x = rows_of_last(model, "blocks.15.hook_resid_post", sequences)
+    sae = TopKSAE(TopKConfig(d_in=576, d_sae=256, k=16))
+    sae.initialise(x.mean(dim=0, keepdim=True), seed=0)
+    found = polysemy_of(x, kept, sae, sae)
+    assert found["control.dense.polysemy.accuracy"].lo > 0.7
+    assert found["control.dense.polysemy.accuracy"].value > found["polysemy.accuracy"].value
