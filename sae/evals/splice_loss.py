@@ -176,6 +176,10 @@ def _metric(losses: Losses, definition: str, value: Callable[[np.ndarray], float
     )
 
 
+def _share(won: float, to_win: float) -> float:
+    return won / to_win if to_win else 0.0  # there is nothing to win
+
+
 def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
     def mean(definition: str, each: np.ndarray) -> Metric:
         return _metric(losses, definition, lambda drawn: float(each[drawn].mean()), seed)
@@ -185,13 +189,14 @@ def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
             clean, spliced, ablated = (
                 float(each[drawn].mean()) for each in (losses.clean, losses.ce["spliced"], losses.ce[against])
             )
-            return (ablated - spliced) / (ablated - clean) if ablated != clean else 0.0  # there is nothing to win
+            return _share(ablated - spliced, ablated - clean)
 
         return _metric(losses, definition, value, seed)
 
+    kl = losses.kl
     return {
         "delta_ce": delta_ce(losses, "spliced", seed),
-        "kl": mean("KL(clean | spliced) of next-token distributions, nats", losses.kl["spliced"]),
+        "kl": mean("KL(clean | spliced) of next-token distributions, nats", kl["spliced"]),
         "ce_clean": mean("cross-entropy of the clean model, nats", losses.clean),
         "ce_spliced": mean("cross-entropy with the reconstruction spliced in, nats", losses.ce["spliced"]),
         "ce_mean_ablated": mean("cross-entropy with every ordinary row set to the mean, nats", losses.ce["mean"]),
@@ -201,7 +206,7 @@ def _metrics(losses: Losses, seed: int) -> dict[str, Metric]:
         "kl_score": _metric(
             losses,
             "(KL mean-ablated - KL spliced) / KL mean-ablated",
-            lambda drawn: float(1 - losses.kl["spliced"][drawn].mean() / losses.kl["mean"][drawn].mean()),
+            lambda drawn: _share(*(float(each[drawn].mean()) for each in (kl["mean"] - kl["spliced"], kl["mean"]))),
             seed,
         ),
     }
