@@ -46,7 +46,7 @@ class Optimizer:
             }
         if self.wide and matmul != torch.float32:
             sae.low = {name: torch.empty_like(getattr(sae, name), dtype=matmul) for name in self.wide}
-            if float8:
+            if float8 and "W_enc" in sae.low:
                 sae.low["W_enc8"] = torch.empty_like(sae.low.pop("W_enc"), dtype=FLOAT8)
             self.refresh()
 
