@@ -1,6 +1,7 @@
 """The README cannot drift: its commands exist, its snippet runs, its links lead somewhere."""
 
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -52,3 +53,16 @@ def options_of_benchmark(name: str) -> set[str]:
 def test_links_lead_to_files():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_table_of_architectures_is_that_of_the_registry():
+    from sae.registry import REGISTRY
+
+    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    expected = []
+    for name, entry in REGISTRY.items():
+        text = sys.modules[entry.sae.__module__].__doc__ or ""
+        sentence = " ".join(text.split("\n\n")[0].split())
+        expected.append(f"| `{name}` | {sentence} | `{entry.sparsity}` | {entry.saelens or '-'} |")
+    assert sorted(table) == sorted(expected)

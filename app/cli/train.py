@@ -11,7 +11,7 @@ from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_optio
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--arch", show_default="topk", help="topk, jumprelu or abstopk.")
+@click.option("--arch", show_default="topk", help="topk, batchtopk, jumprelu ...: docs/architectures.md has all.")
 @click.option(
     "--hook", multiple=True, show_default="the run's only hook", help="Where its activations were read; repeatable."
 )
