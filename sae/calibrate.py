@@ -106,9 +106,10 @@ def time_steps(
         settings, lr=1e-5, matmul=settings.matmul or str(fast_dtype(device)).removeprefix("torch.")
     )
     stepper = Stepper(sae.to(device), settings, 1.0)
-    if family(settings.architecture) == "dense" and isinstance(sae.b_enc, Tensor):
-        # In the midst of training most entries are near their thresholds: a CPU then takes all (`sae.entries`).
-        sae.b_enc.data.add_(10.0)
+    if family(settings.architecture) == "dense":
+        # In the midst of training many entries are near their thresholds: a CPU then takes all (`sae.entries`).
+        for name in {"b_enc", "b_gate"} & set(sae.by_latent):
+            sae.get_parameter(name).data.add_(10.0)
 
     def step() -> None:
         stepper.step(rows.index_select(0, torch.randint(len(rows), (settings.batch,), device=device)))

@@ -9,6 +9,7 @@ from sae import zipf
 from sae.architectures.featurechoice import FeatureChoiceConfig, FeatureChoiceSAE
 from sae.architectures.mutualchoice import MutualChoiceConfig, MutualChoiceSAE
 from sae.base import SAE, ConfigError, State
+from sae.batchwise import KEEPS
 from sae.settings import Training
 
 
@@ -69,7 +70,7 @@ def test_feature_choice_gives_each_latent_its_rows_with_the_dense_gradient():
     share = torch.zeros(40, 30).flatten()
     p = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach()
     share[p.flatten().topk(160).indices] = 1
-    after = 0.99 * sae.frequency + 0.01 * share.view(40, 30).mean(dim=0)
+    after = KEEPS * sae.frequency + (1 - KEEPS) * share.view(40, 30).mean(dim=0)
     quotas = zipf.quotas(zipf.expected(after), 160, 40)
     kept = torch.zeros(40, 30)
     for i in range(30):

@@ -58,7 +58,9 @@ def test_codes_start_at_different_rows_and_of_the_best_common_size():
 
 
 def test_dead_codes_start_anew_without_being_asked():
-    rows = planted_rows(4000, 16, 20, 3, signed=False)[0]
+    away = torch.zeros(16)
+    away[0] = 1.0
+    rows = planted_rows(4000, 16, 20, 3, signed=False)[0] + 20 * away
     wanted = Training(
         architecture="codebook", hook=HOOK, sizes={"d_sae": 64, "k": 2}, n_tokens=25_600, batch=64, matmul="float32"
     )
@@ -66,7 +68,7 @@ def test_dead_codes_start_anew_without_being_asked():
     sae = CodebookSAE(CodebookConfig(d_in=16, d_sae=64, k=2))
     sae.initialise(rows, seed=0)
     with torch.no_grad():
-        sae.W_dec[:10] = normalize(-rows.mean(dim=0), dim=0)  # points away from nearly all rows
+        sae.W_dec[:10] = -away  # of no row among the nearest
         sae.b_dec.zero_()
     stepper = Stepper(sae, wanted, 1.0)
     for step in range(60):
