@@ -67,7 +67,15 @@ def run() -> None:
     # one it waits for, and all goes 3 to 6 times slower. A short spin costs nothing on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _refuse_shadowed_names()
-    sys.exit(guarded(main.main))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(guarded(main.main))
+    try:
+        code: object = guarded(main.main)
+    except SystemExit as ended:  # as click ends a command
+        code = ended.code
+    from activations.ranks import leave
+
+    leave(code if isinstance(code, int) else int(code is not None))
 
 
 def guarded(call: Callable[..., Any]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from activations.ranks import joined
+from activations.ranks import joined, leave
 from activations.run import Run
 from sae import checkpoint
 from sae.parallel import Mesh
@@ -55,3 +55,4 @@ def main(run: Path, data_parallel: int, name: str, stop: bool) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], stop="stop" in sys.argv)
+    leave(0)
