@@ -27,7 +27,7 @@ from activations.model import fast_dtype, pick_device
 from activations.run import Run, versions
 from activations.shuffle import START, Shuffled
 from sae import checkpoint
-from sae.base import FittedSAE, fields_from
+from sae.base import SAE, FittedSAE, fields_from
 from sae.checkpoint import Place
 from sae.files import CFG, load_sae, save_sae
 from sae.fit import fit
@@ -198,11 +198,7 @@ def _train_pass(
             sae = REGISTRY[plan.architecture].sae(plan.config(d_in), mesh)
             base = _base(run, plan, folders[name], scales[0], first, start)
             if first is not None:
-                x = first[:, :d_in]
-                sae.initialise(x, plan.seed)
-                if sae.target != "x":
-                    target = first[:, d_in : d_in + sae.d_out] if base is None else base.error(x)
-                    sae.initialise_output(x, target)
+                _initialise(sae, plan.seed, first, base)
             steppers[name] = stepper = Stepper(sae.to(where), plan, scale, base and base.to(where))
             if start:
                 ranks.together(partial(checkpoint.restore, folders[name], start, stepper.tensors))
@@ -288,6 +284,14 @@ def _fit(
     sae.metadata, (sae.statistics,) = _metadata(run, plan, source), latent_statistics([sae], source)
     save_sae(sae, folder)
     return Outcome(folder, n_tokens, time.monotonic() - began)
+
+
+def _initialise(sae: SAE, seed: int, first: Tensor, base: FrozenBase | None) -> None:
+    """The first weights. first: rows as the pass has them, scaled: what is read, then what is predicted."""
+    x = first[:, : sae.d_in]
+    sae.initialise(x, seed)
+    if sae.target != "x":
+        sae.initialise_output(x, first[:, sae.d_in : sae.d_in + sae.d_out] if base is None else base.error(x))
 
 
 def _with_matmul(settings: Training, where: torch.device) -> Training:

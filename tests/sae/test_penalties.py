@@ -330,3 +330,12 @@ def test_training_ends_at_the_l0_that_was_asked_for_with_the_planted_directions(
     cosines = (directions @ sae.W_dec.T).max(dim=1).values
     assert cosines.min() > 0.9
     assert (sae.encode(rows) != 0).sum(dim=1).float().mean().item() == pytest.approx(3, rel=0.05)
+
+
+def test_a_cpu_takes_the_entries_above_the_floor_alone_only_while_they_are_few():
+    x = torch.randn(80, D_IN)
+    sae = StandardSAE(StandardConfig(d_in=D_IN, d_sae=D_SAE, target_l0=TARGET))
+    sae.initialise(x, seed=0)
+    rows = centred(sae, x)
+    assert entries.encode(sae, rows, sae.b_enc - 100.0).sparse
+    assert not entries.encode(sae, rows, sae.b_enc + 100.0).sparse
