@@ -174,7 +174,7 @@ class Peer:
             n_restart_cycles=1,
             train_batch_size_samples=batch,
             dead_feature_window=1000,
-            feature_sampling_window=2000,
+            feature_sampling_window=n_steps + 1,  # of a log that nobody reads
             logger=LoggingConfig(log_to_wandb=False),
             n_batches_for_norm_estimate=1000,
         )

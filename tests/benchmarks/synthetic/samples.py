@@ -45,7 +45,7 @@ class Samples:
         if pool is None:
             yield from (x for x, _ in self.draw(n, batch, seed))
             return
-        drawn = torch.cat([x for x, _ in self.draw(pool, min(pool, 1024), seed)])
+        drawn = torch.cat([x for x, _ in self.draw(pool, min(pool, 8192), seed)])
         if len(drawn) < batch:
             raise SystemExit(f"A pool of {len(drawn)} makes no batch of {batch}: raise --pool.")
         generator = torch.Generator().manual_seed(seed)
