@@ -160,6 +160,7 @@ def test_options_of_the_architecture_come_into_the_dictionary_and_back(path):
     for others in (["-o", "prefixes=[8,32]"], ["-o", "tilt=0.5"]):
         assert "was begun with sizes=" in refused(path, "--name", "a", "--resume", *others)
     assert "was begun with sizes=" in refused(path, "--name", "a", "--arch", "matryoshka", *given())
+    assert "was begun with architecture='matryoshka'" in refused(path, "--name", "a", "--resume", "--arch", "topk")
 
 
 def refused(path: Path, *words: str) -> str:
