@@ -181,6 +181,7 @@ def _planned(
     begun = begun_with(run.dictionary(name)) if resume and name else None
     if begun is not None:
         before = recipe_of(begun)
+        before.pop("options", None)  # they follow with the other sizes, whatever the architecture is now
         if "expansion" in recipe:
             del before["d_sae"]
         recipe = before | recipe

@@ -5,6 +5,7 @@
     [grid]            # lists; a dictionary for each combination
     k = [16, 32, 64]
     d_sae = [4608, 9216]
+    options.auxk_weight = [0, 0.03125]   # a field of the architecture's config, as after `-o`
 
 RUN/sweep.json holds the settings and held-out metrics of the cells of every sweep of the run.
 """
@@ -41,6 +42,8 @@ from sae.train import Outcome, begun_with, train_together
 
 SHARED = ("tokens", "batch", "roles", "order_seed")
 """Keys that all cells of a sweep have in common, since they see the same batches."""
+OWN = "options."
+"""What keys of fields of the architecture's config begin with."""
 IN_NAME = ("hook", "target_hook", "arch", "d_sae", "expansion", "k", "seed")
 
 
@@ -85,6 +88,8 @@ def read_cells(file: Path, run: Run | None, *, d_in: int | None = None) -> dict[
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         recipe = base | point
+        if own := {key.removeprefix(OWN): recipe.pop(key) for key in [*recipe] if key.startswith(OWN)}:
+            recipe["options"] = own
         if recipe.get("seed", 0) != 0:  # that of seed 0, so that all seeds see the same batches
             recipe.setdefault("order_seed", 0)
         hooks = hooks_of(cast(Recipe, recipe)) or ("hook" if run is None else _only_hook(run, file),)
@@ -96,7 +101,8 @@ def read_cells(file: Path, run: Run | None, *, d_in: int | None = None) -> dict[
         except InputError as error:
             said = ", ".join(f"{key}={_text(value)}" for key, value in point.items())
             raise InputError(f"{file}: the cell {said} cannot be: {error}" if said else f"{file}: {error}") from None
-        name = "-".join([default_name(settings), *(f"{k}{_text(v)}" for k, v in point.items() if k not in IN_NAME)])
+        others = [f"{key.removeprefix(OWN)}{_text(value)}" for key, value in point.items() if key not in IN_NAME]
+        name = "-".join([default_name(settings), *others])
         if name in cells:
             raise InputError(f"{file}: the cell {name} is there twice: expected each value of a list once.")
         cells[name] = settings
@@ -114,7 +120,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     base, grid = content.pop("base", {}), content.pop("grid", {})
     if content or not isinstance(base, dict) or not isinstance(grid, dict):
         raise InputError(f"{file}: expected the tables [base] and [grid] alone, not {', '.join(content) or 'others'}.")
-    options = _options()
+    base, grid, options = _flat(base, file), _flat(grid, file), _options()
     chosen = {_known(key, options, file): value for key, value in base.items()}
     lists = {_known(key, options, file): value for key, value in grid.items()}
     for key, value in lists.items():
@@ -127,26 +133,38 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     if {"d_sae", "expansion"} <= {*chosen, *lists}:
         raise InputError(f"{file}: d_sae and expansion both say how many latents: expected one of them.")
     return (
-        {key: _converted(options[key], value, file) for key, value in chosen.items()},
-        {key: [_converted(options[key], value, file) for value in values] for key, values in lists.items()},
+        {key: _converted(options.get(key), value, file) for key, value in chosen.items()},
+        {key: [_converted(options.get(key), value, file) for value in values] for key, values in lists.items()},
     )
+
+
+def _flat(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """{"options.a": 1} of {"options": {"a": 1}}."""
+    own = table.get("options", {})
+    if not isinstance(own, dict):
+        raise InputError(f"{file}: options = {own!r}: expected a table, such as options = {{auxk_weight = 0}}.")
+    return {key: value for key, value in table.items() if key != "options"} | {OWN + k: v for k, v in own.items()}
 
 
 def _options() -> dict[str, click.Option]:
     """The options of `sae train` that describe a dictionary, by their name in Python."""
-    fields = Recipe.__annotations__.keys() - {"live"}
+    fields = Recipe.__annotations__.keys() - {"live", "options"}
     return {o.name: o for o in train_command.params if isinstance(o, click.Option) and o.name in fields}
 
 
 def _known(key: str, options: Mapping[str, click.Option], file: Path) -> str:
+    if key.startswith(OWN):
+        return key
     for name, option in options.items():
         if key.replace("_", "-") == option.opts[0].lstrip("-"):
             return name
-    names = sorted(option.opts[0].lstrip("-") for option in options.values())
+    names = sorted(["options", *(option.opts[0].lstrip("-") for option in options.values())])
     raise InputError(f"{file}: {key!r} is no option of `sae train` for a sweep: expected one of {', '.join(names)}.")
 
 
-def _converted(option: click.Option, value: Any, file: Path) -> Any:
+def _converted(option: click.Option | None, value: Any, file: Path) -> Any:
+    if option is None:  # a field of the config, which checks it
+        return value
     if option.multiple:
         if not isinstance(value, str | list):
             raise InputError(f"{file}: {option.name} = {value!r}: expected a text, or a list of them.")
@@ -160,8 +178,10 @@ def _converted(option: click.Option, value: Any, file: Path) -> Any:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "+".join(value)
+    if isinstance(value, tuple | list):
+        return "+".join(map(_text, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

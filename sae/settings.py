@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from activations.errors import InputError
-from sae.base import Config, ConfigError, FittedSAE, fields_from
+from sae.base import Config, ConfigError, FittedSAE
+from sae.fields import checked
 from sae.registry import REGISTRY
 
 MATMUL = ("float32", "bfloat16", "float8")
@@ -133,9 +134,10 @@ class Training:
         return self.dead_tokens or max(min(10_000_000, self.n_tokens // 10), self.batch)
 
     def config(self, d_in: int) -> Config:
-        """The architecture's config. Raises InputError for sizes that cannot be."""
+        """The architecture's config. Raises InputError for sizes that cannot be: names, types or values."""
+        kind = REGISTRY[self.architecture].config
         try:
-            config = REGISTRY[self.architecture].config(d_in=d_in, **fields_from(self.sizes))
+            config = kind(d_in=d_in, **checked(kind, self.sizes))
         except (TypeError, ConfigError) as error:
             raise InputError(f"{self.architecture}: {error}") from None
         if self.k_from is not None and not self.sizes["k"] <= self.k_from <= config.d_sae:

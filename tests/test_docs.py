@@ -1,6 +1,9 @@
 """The README cannot drift: its commands exist, its snippet runs, its links lead somewhere."""
 
+import dataclasses
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,9 +11,11 @@ import click
 import pytest
 
 from app.cli import _COMMANDS, main
+from tests.tiny import planted_rows, planted_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURES = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
 
 
 def test_every_command_is_in_the_readme_and_no_other():
@@ -58,11 +63,34 @@ def test_links_lead_to_files():
 def test_the_table_of_architectures_is_that_of_the_registry():
     from sae.registry import REGISTRY
 
-    page = (ROOT / "docs/architectures.md").read_text(encoding="utf-8")
-    table = [line for line in page.splitlines() if line.startswith("| `")]
+    table = [line for line in ARCHITECTURES.split("\n## ")[0].splitlines() if line.startswith("| `")]
     expected = []
     for name, entry in REGISTRY.items():
         text = sys.modules[entry.sae.__module__].__doc__ or ""
         sentence = " ".join(text.split("\n\n")[0].split())
         expected.append(f"| `{name}` | {sentence} | `{entry.sparsity}` | {entry.saelens or '-'} |")
     assert sorted(table) == sorted(expected)
+
+
+def test_the_table_of_options_has_every_field_that_an_architecture_alone_has():
+    from app.recipe import elsewhere
+    from sae.registry import REGISTRY
+
+    named = set()
+    for line in ARCHITECTURES.split("\n## ")[1].splitlines():
+        if line.startswith("| `"):
+            field, _, of = line.strip("| ").split(" | ")
+            named |= {(arch, field.strip("`")) for arch in re.findall(r"`(\w+)`", of)}
+    fields = {(arch, field.name) for arch, entry in REGISTRY.items() for field in dataclasses.fields(entry.config)}
+    assert named == {(arch, field) for arch, field in fields if field not in elsewhere(arch)}
+
+
+def test_the_example_of_options_trains_what_it_says(tmp_path):
+    run = planted_run(tmp_path / "run", planted_rows(4000, 16, 20, 3, signed=False)[0])
+    (example,) = re.findall(r"^sae (train runs/mine .*)$", ARCHITECTURES, flags=re.M)
+    command, _, *options = shlex.split(example)
+    small = ["--d-sae", "1024", "-k", "3", "--tokens", "640", "--batch", "64", "--device", "cpu"]
+    main([command, str(run.path), *options, *small], standalone_mode=False)
+    (path,) = run.path.glob("dictionaries/*/cfg.json")
+    cfg = json.loads(path.read_text())
+    assert (cfg["detach_inner"], cfg["prefixes"]) == (True, [32, 128, 512])

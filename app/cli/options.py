@@ -1,10 +1,13 @@
 """Option types and options that several commands share."""
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from activations.errors import InputError
 
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
@@ -30,6 +33,20 @@ COUNT = Count()
 SHARE = click.FloatRange(0, 1)
 
 Command = Callable[..., Any]
+
+
+def field_of(text: str) -> tuple[str, Any]:
+    """("a", [1, 2]) of "a=[1,2]", ("a", "word") of "a=word": a value is JSON where it can be, else text.
+
+    Raises InputError where there is no name or no value.
+    """
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise InputError(f"{text!r} is no field with a value: expected FIELD=VALUE, such as detach_inner=true.")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):  # also for numbers and nestings that Python does not read
+        return name, value
 
 
 def device_option(command: Command) -> Command:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import click
 
-from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_option, overwrite_option
+from app.cli.options import COUNT, SHARE, device_option, field_of, gpus_option, json_option, overwrite_option
 
 
 @click.command()
@@ -21,6 +21,15 @@ from app.cli.options import COUNT, SHARE, device_option, gpus_option, json_optio
 @click.option("--d-sae", type=COUNT, help="Number of latents.")
 @click.option("--expansion", type=click.IntRange(1), show_default="8", help="Latents, in widths of the hook.")
 @click.option("-k", type=float, show_default="32", help="Active latents a token (jumprelu: on average).")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    callback=lambda _, __, texts: dict(map(field_of, texts)) or None,
+    help="What --arch alone has, such as detach_inner=true: docs/architectures.md has all; repeatable.",
+)
 @click.option("--tokens", type=COUNT, show_default="10M", help="Rows visited, over several epochs if need be.")
 @click.option("--batch", type=COUNT, show_default="2048", help="Rows in a step.")
 @click.option("--lr", type=float, show_default="by architecture and width", help="Peak learning rate.")

@@ -125,5 +125,5 @@ def test_options_of_a_dictionary_are_read_as_numbers_lists_and_words():
         "matryoshka",
         {"prefixes": [16, 64], "detach": True, "lr": 1e-3, "order": "stream"},
     )
-    with pytest.raises(InputError, match="has no value: expected NAME=VALUE"):
+    with pytest.raises(InputError, match="'k' is no field with a value: expected FIELD=VALUE"):
         parsed("topk:k")

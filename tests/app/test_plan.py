@@ -88,6 +88,15 @@ def test_a_sweep_is_the_sum_of_its_cells(tmp_path):
     assert said["activations if cached"] == cells[0]["activations if cached"]
 
 
+def test_options_of_the_architecture_are_planned_too(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('[base]\narch = "matryoshka"\n[grid.options]\nprefixes = [[16], [32]]\n')
+    at = ["--d-in", 576, "--machine", "h100"]
+    said = plan("sweep", tmp_path / "run", file, *at)
+    cell = plan("train", *at, "--arch", "matryoshka", "-o", "prefixes=[16]")
+    assert said["time"] == pytest.approx(2 * cell["time"])
+
+
 def test_a_model_at_hand_is_planned_for_a_machine_that_is_not(tiny_folder):  # noqa: F811
     at = ["collect", "--model", tiny_folder, "--tokens", "1B", "--machine", "h100"]
     one, two = plan(*at), plan(*at, "--gpus", 2)
@@ -101,6 +110,8 @@ def test_wrong_plans_are_one_line(tmp_path):
     assert "Machine 'abacus' is unknown" in wrong("train", "--d-in", 8, "--machine", "abacus")
     assert "k=9 is out of range" in wrong("train", "--d-in", 8, "--d-sae", 8, "-k", 9, "--machine", "h100")
     assert "nowhere is no run" in wrong_in_a_shell("plan", "train", "nowhere")
+    assert "use -k" in wrong("train", "--d-in", 8, "-o", "k=3", "--machine", "h100")
+    assert "there is no field 'x'" in wrong("train", "--d-in", 8, "-o", "x=3", "--machine", "h100")
     assert "make no batch" in wrong("train", "--d-in", 8, "--tokens", 10, "--machine", "h100")
     bad = tmp_path / "bad.toml"
     bad.write_text("[grid]\nk = 3\n")

@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from activations.errors import InputError
+from app.cli import guarded, main
 from app.cli.train import command
 from app.pipeline import train_run
 from app.recipe import EXPANSION, TOKENS, K, Recipe, recipe_of, training
 from sae.settings import Training
+from sae.train import begun_with
 from tests.tiny import HOOK, planted_rows, planted_run
 
 OTHER: Recipe = {
@@ -20,6 +22,7 @@ OTHER: Recipe = {
     "hook": HOOK,
     "d_sae": 48,
     "k": 3,
+    "options": {"auxk_weight": 0.25},
     "tokens": 6400,
     "roles": ("user",),
     "live": True,
@@ -64,12 +67,15 @@ def test_every_setting_follows_from_an_option_and_back():
     [
         Recipe(arch="transcoder", hook="x", target_hook=("y",), d_sae=48, k=3),
         Recipe(arch="topk", hook=("x", "y"), d_sae=48, k=3),
+        Recipe(arch="crosscoder", hook=("x", "y"), d_sae=48, k=3, options={"auxk_weight": 0.0}),
+        Recipe(arch="clt", hook="x", target_hook=("y",), d_sae=48, k=3),
     ],
 )
 def test_hooks_follow_from_options_and_back(recipe):
     made = training(recipe, hook="x", d_in=16, widths={"x": 16, "y": 16})
     assert recipe_of(made).items() >= recipe.items()
     assert made.sizes.get("d_out", 16) == 16
+    assert recipe_of(made).get("options") == recipe.get("options")
 
 
 def test_the_defaults_in_the_help_are_those_that_are_taken():
@@ -133,3 +139,74 @@ def test_k_may_be_a_fraction_where_a_batch_shares_it_and_nowhere_else():
     assert training({"arch": "topk", "k": 6.0, "d_sae": 64}, hook="h", d_in=16).sizes["k"] == 6
     with pytest.raises(InputError, match=r"k=6.5 is no whole number: topk keeps exactly k latents a token\."):
         training({"arch": "topk", "k": 6.5, "d_sae": 64}, hook="h", d_in=16)
+
+
+def test_options_of_the_architecture_come_into_the_dictionary_and_back(path):
+    words = ["--arch", "matryoshka", "-o", "detach_inner=true", "--option", "prefixes=[8,16]", *given()]
+    run_command(path, "--name", "a", *words)
+    folder = path / "dictionaries/a"
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert (cfg["detach_inner"], cfg["prefixes"], cfg["sort_by_frequency"]) == (True, [8, 16], False)
+    begun = begun_with(folder)
+    assert begun is not None
+    recipe = recipe_of(begun)
+    assert recipe["options"] == {"detach_inner": True, "prefixes": [8, 16]}
+    again = training(recipe, hook=HOOK, d_in=16)
+    assert again.sizes["prefixes"] == (8, 16)
+    assert recipe_of(again)["options"] == {"detach_inner": True, "prefixes": (8, 16)}
+
+    assert run_command(path, "--name", "a", *words)["finished_before"]
+    assert run_command(path, "--name", "a", "--resume", "-o", "prefixes=[8,16]")["finished_before"]
+    for others in (["-o", "prefixes=[8,32]"], ["-o", "tilt=0.5"]):
+        assert "was begun with sizes=" in refused(path, "--name", "a", "--resume", *others)
+    assert "was begun with sizes=" in refused(path, "--name", "a", "--arch", "matryoshka", *given())
+    assert "was begun with architecture='matryoshka'" in refused(path, "--name", "a", "--resume", "--arch", "topk")
+
+
+def refused(path: Path, *words: str) -> str:
+    result = CliRunner().invoke(command, [str(path), *words])
+    assert isinstance(result.exception, InputError), result.output
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arch", "option", "says"),
+    [
+        (
+            "topk",
+            "detach_inner=true",
+            "topk: there is no field 'detach_inner': expected auxk_weight=0.03125, multi_topk=",
+        ),
+        ("codebook", "help=1", "codebook: there is no field 'help': expected none."),
+        ("matryoshka", "detach_inner=maybe", 'matryoshka: detach_inner="maybe": expected true or false.'),
+        ("matryoshka", "prefixes=3", "matryoshka: prefixes=3: expected a list of whole numbers."),
+        ("matryoshka", "prefixes=[64,32]", "matryoshka: prefixes="),
+        ("jumprelu", "loss=banana", "jumprelu: loss="),
+        ("topk", "d_in=16", "d_in is not for -o, which sets what an architecture alone has: use --hook."),
+        ("topk", "d_sae=64", "d_sae is not for -o, which sets what an architecture alone has: use --d-sae."),
+        ("topk", "k=3", "k is not for -o, which sets what an architecture alone has: use -k."),
+        ("jumprelu", "k=3", "k is not for -o, which sets what an architecture alone has: use -k."),
+        ("jumprelu", "target_l0=3", "target_l0 is not for -o, which sets what an architecture alone has: use -k."),
+        ("crosscoder", "widths=[8,8]", "widths is not for -o, which sets what an architecture alone has: use --hook."),
+        (
+            "crosscoder",
+            "scales=[1,1]",
+            "scales is not for -o, which sets what an architecture alone has: training sets",
+        ),
+        ("clt", "layers=3", "layers is not for -o, which sets what an architecture alone has: use --hook."),
+        ("transcoder", "d_out=3", "d_out is not for -o, which sets what an architecture alone has: use --target-hook."),
+        ("topk", "auxk_weight", "'auxk_weight' is no field with a value: expected FIELD=VALUE"),
+        ("topk", "=3", "'=3' is no field with a value: expected FIELD=VALUE"),
+        ("topk", "auxk_weight=", "'auxk_weight=' is no field with a value: expected FIELD=VALUE"),
+    ],
+)
+def test_a_wrong_option_of_the_architecture_is_one_line(path, arch, option, says):
+    assert refused(path, "--arch", arch, "-o", option, *given()).startswith(says)
+    assert not (path / "dictionaries").exists()
+
+
+def test_a_wrong_option_is_exit_1_without_a_traceback(path, capsys):
+    words = ["sae", "train", str(path), "-o", "detach_inner=a\nb", "--arch", "matryoshka", *given()]
+    assert guarded(lambda standalone_mode: main.main(words[1:], standalone_mode=standalone_mode)) == 1
+    assert capsys.readouterr().err == 'Error: matryoshka: detach_inner="a\\nb": expected true or false.\n'

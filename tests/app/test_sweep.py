@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from activations.errors import InputError
 from app import figures
 from app.sweep import sweep
 from app.sweep_table import Cell, cells_of, curves_of, points_of
@@ -124,9 +125,48 @@ def test_other_settings_and_two_hooks_in_the_grid(run, grid):
     assert list(curves_of(cells)) == [f"topk 64, lr {lr}, {hook}" for hook in (HOOK, OTHER) for lr in (0.001, 0.002)]
 
 
+def test_options_of_the_architecture_are_axes_and_cells_that_differ_in_them_have_names_of_their_own(run, grid):
+    text = """
+    base = {arch = "matryoshka", tokens = 1280, batch = 64, k = 3, d-sae = 64, options = {sort_by_frequency = true}}
+    [grid.options]
+    prefixes = [[16, 32], [8, 48]]
+    detach_inner = [true, false]
+    """
+    grid.write_text(text)
+    cells, _ = sweep(run.path, grid)
+    names = {
+        f"{HOOK}-matryoshka-d64-k3-s0-prefixes{p}-detach_inner{d}": (prefixes, d == "true")
+        for p, prefixes in (("16+32", [16, 32]), ("8+48", [8, 48]))
+        for d in ("true", "false")
+    }
+    assert {cell.name for cell in cells} == set(names)
+    for name, (prefixes, detach) in names.items():
+        cfg = json.loads((run.dictionary(name) / "cfg.json").read_text())
+        assert (cfg["prefixes"], cfg["detach_inner"], cfg["sort_by_frequency"]) == (prefixes, detach, True)
+    weights = {(run.dictionary(name) / FILES[0]).read_bytes() for name in names}
+    assert len(weights) == 4
+    assert "matryoshka 64, detach_inner True, prefixes [16, 32]" in curves_of(cells)
+    assert sweep(run.path, grid)[1] == 4
+    grid.write_text(text.replace("sort_by_frequency = true", "sort_by_frequency = false"))
+    with pytest.raises(InputError, match="was begun with sizes="):
+        sweep(run.path, grid)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("[base]\noptions = 3", "options = 3: expected a table, such as options = {auxk_weight = 0}"),
+        ("[grid]\noptions = [{tilt = 0.5}]", "expected a table, such as options ="),
+        ("[grid.options]\nauxk_weight = 0", "options.auxk_weight = 0 in [grid]: expected a list of values"),
+        ("[base.options]\nauxk_weight = 0\n[grid.options]\nauxk_weight = [0]", "options.auxk_weight is there twice"),
+        ("[grid]\noptions.auxk_weight = [0, 0.0]", "topk-d128-k32-s0-auxk_weight0 is there twice"),
+        (
+            "[grid]\noptions.auxk_weight = [0, '1']",
+            'auxk_weight=1 cannot be: topk: auxk_weight="1": expected a number.',
+        ),
+        ("[grid]\noptions.auxk_weight = [nan]", "auxk_weight=NaN: expected a number."),
+        ("[base]\noptions.detach_inner = true", "topk: there is no field 'detach_inner': expected auxk_weight=0.03125"),
+        ("[grid]\noptions.k = [2, 3]", "k is not for -o, which sets what an architecture alone has: use -k"),
         ("[base", "is no TOML"),
         ("[base]\nbanana = 3", "'banana' is no option of `sae train` for a sweep: expected one of arch, base, batch"),
         ("[base]\nlive = true", "'live' is no option"),
@@ -147,8 +187,6 @@ def test_other_settings_and_two_hooks_in_the_grid(run, grid):
     ],
 )
 def test_a_wrong_file_is_one_line_before_anything_starts(run, grid, text, says):
-    from activations.errors import InputError
-
     grid.write_text(text)
     with pytest.raises(InputError) as error:
         sweep(run.path, grid)
@@ -231,8 +269,6 @@ def test_the_plot_has_a_line_an_architecture_and_width_with_bars_for_seeds():
 
 @pytest.mark.parametrize("record", [{}, {"cells": []}, {"cells": {"a": {"settings": {}}}}, {"cells": {"a": 3}}])
 def test_a_damaged_record_is_said(record):
-    from activations.errors import InputError
-
     with pytest.raises(InputError, match="sweep.json is damaged"):
         cells_of(record)
 

@@ -1,7 +1,6 @@
 """Who is trained by `sae bench quality`: dictionaries of our registry, SAELens', and controls that nobody trains."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from activations.errors import InputError
 from activations.model import fast_dtype
+from app.cli.options import field_of
 from data.planted import World, WorldConfig
 from sae.registry import REGISTRY
 from sae.settings import Training
@@ -130,16 +130,7 @@ def plan_of(text: str, preset: Preset, n_samples: int, seed: int, device: str) -
 def parsed(text: str) -> tuple[str, Fields]:
     """ "arch:a=1,b=[2,3],c=word" as ("arch", {"a": 1, "b": [2, 3], "c": "word"})."""
     arch, _, options = text.partition(":")
-    fields: Fields = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", options)):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"{part!r} in {text!r} has no value: expected NAME=VALUE.")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return arch, fields
+    return arch, dict(map(field_of, filter(None, re.split(r",(?![^\[]*\])", options))))
 
 
 class Theirs:
