@@ -110,7 +110,7 @@ class Control:
 
 def measured_of(run: RunFolder) -> tuple[list[Measured], list[str]]:
     """The finished dictionaries of a run, sorted, and the names of those that no train.json describes."""
-    flat = {each.name: flat_settings(read_object(each.folder / "train.json")[0] or {}) for each in run.dictionaries}
+    flat = {each.name: _settings(each) for each in run.dictionaries}
     known = {name: settings for name, settings in flat.items() if _described(settings)}
     others = others_of({name: {**settings, "hooks": None} for name, settings in known.items()})
     swept = _swept(run)
@@ -216,7 +216,7 @@ def controls_of(found: Sequence[Measured], metric: str) -> list[Control]:
 def _control(name: str, places: Sequence[tuple[float, float]]) -> Control:
     """Where it is not the same for all: the mean at each L0, to a whole number."""
     values = [y for _, y in places]
-    if max(values) - min(values) <= 1e-3 * max(map(abs, values)):
+    if max(values) - min(values) <= max(1e-3 * max(map(abs, values)), 1e-9):
         return Control(name=name, x=[0.0], y=[statistics.fmean(values)])
     by_l0: dict[int, list[tuple[float, float]]] = {}
     for x, y in places:
@@ -227,6 +227,15 @@ def _control(name: str, places: Sequence[tuple[float, float]]) -> Control:
 
 def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _settings(of: Dictionary) -> dict[str, Any]:
+    """What its train.json says, as far as that is plain values and lists of them."""
+    settings = flat_settings(read_object(of.folder / "train.json")[0] or {})
+    lists = {key: each if isinstance(each, list) else [each] for key, each in settings.items()}
+    return {
+        key: settings[key] for key, each in lists.items() if all(isinstance(v, str | int | float | None) for v in each)
+    }
 
 
 def _described(settings: Mapping[str, Any]) -> bool:
@@ -248,7 +257,7 @@ def _measured(of: Dictionary, settings: Mapping[str, Any], others: str, swept: M
         d_sae=settings["d_sae"],
         sparsity=next((n for key in SPARSITY if (n := number(settings.get(key))) is not None), None),
         seeds=(_plain(settings.get("seed")), _plain(settings.get("order_seed"))),
-        others=_text(others),
+        others=_text(others, 5 * LONGEST),
         readings={**_readings(cell), **_readings(of.evaluation or {})},
         tokens_per_second=number(cell.get("tokens_per_second")),
     )
@@ -256,9 +265,8 @@ def _measured(of: Dictionary, settings: Mapping[str, Any], others: str, swept: M
 
 def _same(recorded: object, settings: Mapping[str, Any]) -> bool:
     """Whether a cell of sweep.json is of the dictionary that is there now."""
-    return isinstance(recorded, dict) and all(
-        settings.get(key) == each for key, each in flat_settings(recorded).items()
-    )
+    flat = flat_settings(recorded) if isinstance(recorded, dict) else {}
+    return all(flat.get(key) == each for key, each in settings.items())
 
 
 def _readings(record: Mapping[str, Any]) -> dict[str, Reading]:
