@@ -16,6 +16,8 @@ from app.trainings import number
 
 L0 = "l0"
 CONTROL = "control."
+PROVENANCE = ("versions", "threads")
+"""Of a train.json: what it was trained with, which is no setting."""
 LONGEST = 80
 """Characters of a name from a file."""
 MOST = 2000
@@ -110,7 +112,7 @@ class Control:
 
 def measured_of(run: RunFolder) -> tuple[list[Measured], list[str]]:
     """The finished dictionaries of a run, sorted, and the names of those that no train.json describes."""
-    flat = {each.name: _settings(each) for each in run.dictionaries}
+    flat = {each.name: _plain(read_object(each.folder / "train.json")[0] or {}) for each in run.dictionaries}
     known = {name: settings for name, settings in flat.items() if _described(settings)}
     others = others_of({name: {**settings, "hooks": None} for name, settings in known.items()})
     swept = _swept(run)
@@ -229,13 +231,11 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _settings(of: Dictionary) -> dict[str, Any]:
-    """What its train.json says, as far as that is plain values and lists of them."""
-    settings = flat_settings(read_object(of.folder / "train.json")[0] or {})
-    lists = {key: each if isinstance(each, list) else [each] for key, each in settings.items()}
-    return {
-        key: settings[key] for key, each in lists.items() if all(isinstance(v, str | int | float | None) for v in each)
-    }
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a train.json that are values and lists of them, sizes among them; not on what it was trained."""
+    flat = {key: each for key, each in flat_settings(settings).items() if key not in PROVENANCE}
+    lists = {key: each if isinstance(each, list) else [each] for key, each in flat.items()}
+    return {key: flat[key] for key, each in lists.items() if all(isinstance(v, str | int | float | None) for v in each)}
 
 
 def _described(settings: Mapping[str, Any]) -> bool:
@@ -256,7 +256,7 @@ def _measured(of: Dictionary, settings: Mapping[str, Any], others: str, swept: M
         architecture=_text(settings["architecture"]),
         d_sae=settings["d_sae"],
         sparsity=next((n for key in SPARSITY if (n := number(settings.get(key))) is not None), None),
-        seeds=(_plain(settings.get("seed")), _plain(settings.get("order_seed"))),
+        seeds=(_seed(settings.get("seed")), _seed(settings.get("order_seed"))),
         others=_text(others, 5 * LONGEST),
         readings={**_readings(cell), **_readings(of.evaluation or {})},
         tokens_per_second=number(cell.get("tokens_per_second")),
@@ -265,8 +265,7 @@ def _measured(of: Dictionary, settings: Mapping[str, Any], others: str, swept: M
 
 def _same(recorded: object, settings: Mapping[str, Any]) -> bool:
     """Whether a cell of sweep.json is of the dictionary that is there now."""
-    flat = flat_settings(recorded) if isinstance(recorded, dict) else {}
-    return all(flat.get(key) == each for key, each in settings.items())
+    return isinstance(recorded, dict) and _plain(recorded) == settings
 
 
 def _readings(record: Mapping[str, Any]) -> dict[str, Reading]:
@@ -289,7 +288,7 @@ def _swept(run: RunFolder) -> Mapping[str, Any]:
     return cells if isinstance(cells, dict) else {}
 
 
-def _plain(seed: object) -> object:
+def _seed(seed: object) -> object:
     return seed if isinstance(seed, int | None) else _text(seed)
 
 

@@ -24,8 +24,7 @@ def pareto_figure(
     """Means over seeds with their standard deviations, in both directions. Lower L0 is better, and `kind` says which
     end of the metric is.
 
-    whole: the axis reaches to all controls; else to the dictionaries alone, and controls that are `off_axis` are left
-    out.
+    whole: the axis reaches to all controls; else those that are `off_axis` are left out.
     """
     figure = go.Figure()
     architectures: dict[str, list[str]] = {}
@@ -56,16 +55,16 @@ def pareto_figure(
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0.0, "title": {"text": ""}},
     )
     figure.update_xaxes(title="L0: active latents a token (lower is better)", automargin=True, zeroline=False)
-    if shown and not whole:
-        figure.update_yaxes(range=_range(points))
     figure.update_yaxes(title=escape(f"{kind.title} ({kind.direction})"), automargin=True, zeroline=False)
     return figure
 
 
 def off_axis(points: Sequence[Point], controls: Sequence[Control]) -> list[Control]:
-    """The controls no part of which is on an axis that is fitted to the points."""
-    low, high = _range(points)
-    return [control for control in controls if not any(low <= y <= high for y in control.y)]
+    """The controls that an axis fitted to the points, with their bars and room at both ends, would not hold."""
+    low = min(point.y - (point.sd_y or 0.0) for point in points)
+    high = max(point.y + (point.sd_y or 0.0) for point in points)
+    room = 0.1 * (high - low)
+    return [control for control in controls if not all(low - room <= y <= high + room for y in control.y)]
 
 
 def pareto_alt(points: Sequence[Point], kind: Kind) -> str:
@@ -106,14 +105,6 @@ def _control(control: Control, points: Sequence[Point], dash: str, kind: Kind) -
         line={"color": GREY, "dash": dash, "width": 1.5},
         hovertemplate=f"%{{fullData.name}}<br>{escape(kind.title)} %{{y:.4~g}}<extra></extra>",
     )
-
-
-def _range(points: Sequence[Point]) -> tuple[float, float]:
-    """Of the metric over the dictionaries, with their bars and room at both ends."""
-    low = min(point.y - (point.sd_y or 0.0) for point in points)
-    high = max(point.y + (point.sd_y or 0.0) for point in points)
-    room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-    return low - room, high + room
 
 
 def _bars(spreads: Sequence[float | None]) -> dict[str, object]:

@@ -73,9 +73,9 @@ def compare(run: RunFolder, found: Sequence[Measured], kinds: Mapping[str, Kind]
     st.dataframe(told_apart(rows(points, kind)), hide_index=True, key="pareto_table")
     if controls:
         levels = [{"control": each.name, "L0": x, kind.title: y} for each in controls for x, y in _places(each)]
-        with st.expander("The controls"):
+        with st.expander("Controls"):
             st.dataframe(levels, hide_index=True, key="control_table")
-    with st.expander(f"Each of the {len(found)} dictionaries"):
+    with st.expander("Each dictionary"):
         st.dataframe(told_apart(each_row(found, metric, kind)), hide_index=True, key="dictionary_table")
 
 

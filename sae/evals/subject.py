@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -57,6 +57,8 @@ class Options:
     """What `polysemy` reads."""
     world: World | None = None
     """What the rows were drawn from, for `truth`."""
+    kept: dict[object, Any] | None = field(default=None, repr=False)
+    """Of several dictionaries of one run: what was measured for one and is the same for another; None keeps nothing."""
     say: Callable[[str], None] = field(default=lambda _: None)
 
 

@@ -1,13 +1,14 @@
 """The suite over every finished dictionary of a run: the model is loaded once, what is there stays, and a dictionary
 that cannot be measured does not keep the others from it.
 
-What the dictionaries share is made once: the model here, the rows of labelled texts by `probing`, which keeps them in
-the run.
+What the dictionaries share is made once: the model here, controls by `sae.evals.baselines`, and the rows of labelled
+texts by `probing`, which keeps them in the run.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from activations.errors import InputError
 from activations.model import Model
@@ -54,8 +55,9 @@ def evaluate_run(
             report.failed[folder.name] = str(error)
     left = {folder: [name for name in names or cheap() if name not in rows] for folder, rows in skip.items()}
     model = load() if run.has_text and any(rows and reads_model(rows) for rows in left.values()) else None
+    kept: dict[object, Any] = {}
     for number, (folder, rows) in enumerate(left.items(), 1):
-        given = replace(options, say=_numbered(options.say, f"{folder.name} ({number} of {len(left)})"))
+        given = replace(options, kept=kept, say=_numbered(options.say, f"{folder.name} ({number} of {len(left)})"))
         try:
             made = evaluate(folder, model, names=names, skip=skip[folder], options=given, device=device) if rows else {}
             report.found[folder.name] = made

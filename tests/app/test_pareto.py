@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.metrics import HIGHER, LOWER, NEITHER, kind_of
-from app.pareto import Measured, Reading, choices, controls_of, front_of, lines_of, measured_of, points_of
+from app.pareto import Control, Measured, Reading, choices, controls_of, front_of, lines_of, measured_of, points_of
 from app.pareto_figure import off_axis, pareto_alt, pareto_figure
 from app.runs import list_runs
 from app.sweep import sweep
@@ -110,8 +110,9 @@ def test_a_control_is_a_level_where_it_is_the_same_for_all_and_a_line_by_l0_wher
     assert (dense.name, dense.level) == ("dense", pytest.approx(0.95))
     assert (random.name, random.level, random.x, random.y) == ("random", None, [4, 8], pytest.approx([0.65, 0.8]))
     assert controls_of(found, "fvu") == []
-    fitted = off_axis(points_of(found, "probing.auc_5"), [dense, random])
-    assert fitted == [dense]  # 0.85 - 0.07 to 0.85 + 0.07, and a tenth of that: random reaches 0.8
+    points = points_of(found, "probing.auc_5")
+    assert off_axis(points, [dense, random]) == [dense, random]  # from 0.85 - 0.07 to 0.85 + 0.07, and a tenth of that
+    assert off_axis(points, [Control(name="near", x=[4, 8], y=[0.77, 0.93])]) == []
 
 
 def test_the_figure_has_symbols_bars_rings_and_the_controls_that_fit(root):

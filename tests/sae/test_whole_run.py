@@ -10,6 +10,7 @@ from activations.files import read_json, write_json
 from activations.run import Run
 from data.planted import WorldConfig, build_world
 from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.evals import baselines as baselines_module
 from sae.evals.subject import Options
 from sae.evals.suite import TABLE, evaluate
 from sae.evals.truth import SAMPLES, SEED, truth
@@ -63,12 +64,29 @@ def test_all_are_measured_and_only_what_is_not_there(run):
     assert value(run, "b", "geometry.nearest") < 1
 
 
+def test_controls_of_equal_sizes_are_measured_once_and_are_those_of_a_dictionary_alone(run, monkeypatch):
+    measured: list[str] = []
+    before = baselines_module.reconstruction
+
+    def counted(sae, cache):
+        measured.append(f"{type(sae).__name__} {sae.d_sae}")
+        return before(sae, cache)
+
+    monkeypatch.setattr(baselines_module, "reconstruction", counted)
+    run.meta["layout"] = "vectors"  # no model, so delta CE is left out
+    report = evaluate_run(run, no_model, names=["controls"])
+    assert sorted(measured) == ["AbsTopKSAE 1", "AbsTopKSAE 2", "AbsTopKSAE 8", "TopKSAE 16"]  # not three times
+    alone = evaluate(run.dictionary("c"), None, names=["controls"])
+    assert report.found["c"] == alone
+    assert len(measured) == 8
+
+
 def test_one_that_cannot_be_read_is_named_and_the_others_are_measured(run):
     (run.dictionary("a") / "sae_weights.safetensors").write_bytes(b"no weights")
     (run.dictionary("b") / "eval.json").write_text("{")
     report = evaluate_run(run, no_model, names=["geometry"])
     assert list(report.found) == ["c"]
-    assert "is damaged" in report.failed["a"]
+    assert "damaged" in report.failed["a"]
     assert "eval.json is damaged" in report.failed["b"]
     assert value(run, "c", "geometry.nearest") > 0
 
