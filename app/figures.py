@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from app.measured import of_cells
 from app.metrics import kind_of
-from app.pareto import of_cells, points_of
+from app.pareto import points_of
 from app.pareto_figure import pareto_figure
 from app.sweep_table import Cell
 from app.theme import NEGATIVE_BAR, POSITIVE_BAR, SERIES

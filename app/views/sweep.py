@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from app import figures
+from app.measured import L0, Measured, measured_of
 from app.metrics import Kind, kind_of
-from app.pareto import L0, Control, Measured, Point, choices, controls_of, front_of, measured_of, points_of, reading
+from app.pareto import Control, Point, choices, controls_of, front_of, points_of, reading
 from app.pareto_figure import off_axis, pareto_alt, pareto_figure
 from app.parts import notices
 from app.parts.markup import code, esc

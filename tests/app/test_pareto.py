@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from app.measured import Measured, Reading, measured_of
 from app.metrics import HIGHER, LOWER, NEITHER, kind_of
-from app.pareto import Control, Measured, Reading, choices, controls_of, front_of, lines_of, measured_of, points_of
+from app.pareto import Control, choices, controls_of, front_of, lines_of, points_of
 from app.pareto_figure import off_axis, pareto_alt, pareto_figure
 from app.runs import list_runs
 from app.sweep import sweep

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from app import figures
-from app.pareto import lines_of, of_cells
+from app.measured import of_cells
+from app.pareto import lines_of
 from app.pareto import points_of as points_in
 from app.sweep import sweep
 from app.sweep_table import Cell, cells_of, others_of, points_of
