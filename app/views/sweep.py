@@ -53,9 +53,10 @@ def page() -> None:
 
 def compare(run: RunFolder, found: Sequence[Measured], kinds: Mapping[str, Kind]) -> None:
     """The metric's picker, and all that is of that metric."""
+    not_there(run, kinds)
     left, right = st.columns([2, 3], vertical_alignment="bottom")
     with left:
-        metric = pick_metric(run, kinds)
+        metric = pick_metric(kinds)
     kind, points, controls = kinds[metric], points_of(found, metric), controls_of(found, metric)
     far = off_axis(points, controls)
     whole = bool(far) and right.toggle("Axis reaches to all controls", key="sweep_whole")
@@ -102,14 +103,18 @@ def pick_run(runs: Sequence[RunFolder]) -> RunFolder | None:
     return by_name[name]
 
 
-def pick_metric(run: RunFolder, kinds: Mapping[str, Kind]) -> str:
-    """The metric that the URL names, else the first; says so where no two dictionaries have the one named."""
+def not_there(run: RunFolder, kinds: Mapping[str, Kind]) -> None:
+    """Say so where the URL names a metric that no two dictionaries have."""
+    asked = st.query_params.get("metric")
+    if asked is not None and asked not in kinds:
+        command = measure(run, kind_of(asked))
+        st.html(f'<p class="todo">Fewer than two dictionaries have {esc(asked[:80])}: {code(command)}</p>')
+
+
+def pick_metric(kinds: Mapping[str, Kind]) -> str:
+    """The metric that the URL names, else the first."""
     asked = st.query_params.get("metric")
     name = asked if asked is not None and asked in kinds else next(iter(kinds))
-    if asked is not None and asked not in kinds:
-        kind = kind_of(asked)
-        command = measure(run, kind) if kind.row else sae("eval", run.address, "--all")
-        notices.empty(f"Fewer than two dictionaries have {asked[:80]}", f"{kinds[name].title} is shown.", command)
     st.session_state["sweep_metric"] = name
     st.selectbox(
         "Metric",
