@@ -6,11 +6,14 @@ Bars left of zero are blue and bars right of it orange, as in the token strips.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import plotly.graph_objects as go
 
-from app.sweep_table import Cell, curves_of
+from app.measured import of_cells
+from app.metrics import kind_of
+from app.pareto import points_of
+from app.pareto_figure import pareto_figure
+from app.sweep_table import Cell
 from app.theme import NEGATIVE_BAR, POSITIVE_BAR, SERIES
 
 HEIGHT = 236
@@ -96,41 +99,8 @@ def curves_alt(what: str, lines: Sequence[Series], form: str) -> str:
 
 
 def pareto(cells: Sequence[Cell]) -> go.Figure:
-    """FVU against L0 of a sweep's cells, a line an architecture and width; bars are standard deviations over seeds."""
-    figure = go.Figure()
-    for number, (name, points) in enumerate(curves_of(cells).items()):
-        figure.add_scatter(
-            name=escape(name),
-            x=[point.mean("l0") for point in points],
-            y=[point.mean("fvu") for point in points],
-            error_x={"array": [point.spread("l0") for point in points], "thickness": 1},
-            error_y={"array": [point.spread("fvu") for point in points], "thickness": 1},
-            customdata=[[f"{point.cells[0].sparsity:g}", len(point.cells)] for point in points],
-            mode="lines+markers",
-            line={"color": SERIES[number % len(SERIES)], "dash": ("solid", "dash", "dot")[number // len(SERIES) % 3]},
-            hovertemplate="%{fullData.name}, k %{customdata[0]}, seeds: %{customdata[1]}<br>"
-            "FVU %{y:.4f} at L0 %{x:.2f}<extra></extra>",
-        )
-    figure.update_layout(
-        height=420,
-        margin={"l": 8, "r": 8, "t": 24, "b": 8},
-        template="plotly_white",
-        showlegend=True,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0.0},
-    )
-    figure.update_xaxes(title="L0: active latents a token, held-out documents", automargin=True)
-    figure.update_yaxes(title="FVU, held-out documents", automargin=True)
-    return figure
-
-
-def pareto_alt(cells: Sequence[Cell]) -> str:
-    """The plot in words: where each line begins and ends."""
-    said = (
-        f"{name} from {points[0].mean('fvu'):.3f} at {points[0].mean('l0'):.1f} "
-        f"to {points[-1].mean('fvu'):.3f} at {points[-1].mean('l0'):.1f}"
-        for name, points in curves_of(cells).items()
-    )
-    return f"FVU against L0: {'; '.join(said)}."
+    """The plot that a sweep leaves: held-out FVU against L0 of its cells."""
+    return pareto_figure(points_of(of_cells(cells), "fvu"), kind_of("fvu")).update_layout(template="plotly_white")
 
 
 def _histogram(edges: Sequence[float], counts: Sequence[int], hover: str) -> go.Figure:

@@ -59,16 +59,39 @@ def cells_of(record: Mapping[str, Any]) -> list[Cell]:
     """The cells of a sweep.json, sorted by hook, architecture, width, k and seed. Raises InputError when it is none."""
     try:
         entries: dict[str, Any] = record["cells"]
-        flat = {name: {**entry["settings"], **entry["settings"]["sizes"]} for name, entry in entries.items()}
-        keys = sorted({key for settings in flat.values() for key in settings} - _NAMED)
-        vary = [key for key in keys if len({json.dumps(each.get(key)) for each in flat.values()}) > 1]
-        cells = [_cell(name, flat[name], entry, vary) for name, entry in entries.items()]
+        flat = {name: flat_settings(entry["settings"]) for name, entry in entries.items()}
+        others = others_of(flat)
+        cells = [_cell(name, flat[name], entry, others[name]) for name, entry in entries.items()]
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InputError(f"{RECORD} is damaged ({error!r}): run the `sae sweep` again.") from None
     return sorted(cells, key=lambda cell: (cell.hook, cell.architecture, cell.d_sae, cell.sparsity, cell.seed))
 
 
-def _cell(name: str, settings: Mapping[str, Any], entry: Mapping[str, Any], vary: Sequence[str]) -> Cell:
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a train.json with its sizes among them."""
+    sizes = settings.get("sizes")
+    return {**settings, **(sizes if isinstance(sizes, dict) else {})}
+
+
+def others_of(flat: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By name: the settings in which dictionaries of one architecture differ, but for those with a column of their own.
+
+    flat: settings with sizes, by name.
+    """
+    by_architecture: dict[str, list[Mapping[str, Any]]] = {}
+    for settings in flat.values():
+        by_architecture.setdefault(str(settings["architecture"]), []).append(settings)
+    vary: dict[str, list[str]] = {}
+    for architecture, group in by_architecture.items():
+        keys = sorted({key for settings in group for key in settings} - _NAMED)
+        vary[architecture] = [key for key in keys if len({json.dumps(each.get(key)) for each in group}) > 1]
+    return {
+        name: ", ".join(f"{key} {settings[key]}" for key in vary[str(settings["architecture"])] if key in settings)
+        for name, settings in flat.items()
+    }
+
+
+def _cell(name: str, settings: Mapping[str, Any], entry: Mapping[str, Any], others: str) -> Cell:
     rate, seconds = entry["tokens_per_second"], entry["seconds"]
     return Cell(
         name=name,
@@ -77,7 +100,7 @@ def _cell(name: str, settings: Mapping[str, Any], entry: Mapping[str, Any], vary
         d_sae=int(settings["d_sae"]),
         sparsity=float(next(settings[key] for key in SPARSITY if key in settings)),
         seed=int(settings["seed"]),
-        others=", ".join(f"{key} {settings.get(key)}" for key in vary if key in settings),
+        others=others,
         **{metric: float(entry["metrics"][metric]["value"]) for metric in METRICS},
         tokens_per_second=None if rate is None else float(rate),
         seconds=None if seconds is None else float(seconds),
@@ -90,17 +113,6 @@ def points_of(cells: Sequence[Cell]) -> list[Point]:
     for cell in cells:
         together.setdefault(cell.point, []).append(cell)
     return [Point(cells=each) for each in together.values()]
-
-
-def curves_of(cells: Sequence[Cell]) -> dict[str, list[Point]]:
-    """A curve an architecture and width (and hook, and whatever else differs), its points by L0."""
-    several_hooks = len({cell.hook for cell in cells}) > 1
-    curves: dict[str, list[Point]] = {}
-    for point in points_of(cells):
-        cell = point.cells[0]
-        parts = [f"{cell.architecture} {cell.d_sae:,}", cell.others, cell.hook if several_hooks else ""]
-        curves.setdefault(", ".join(filter(None, parts)), []).append(point)
-    return {name: sorted(points, key=lambda point: point.mean("l0")) for name, points in curves.items()}
 
 
 def table(cells: Sequence[Cell]) -> list[str]:

@@ -1,5 +1,8 @@
 """Reconstruction and loss of the dictionaries that learnt nothing (`sae.evals.controls`), on the same rows."""
 
+from collections.abc import Mapping
+
+from sae.base import SAE
 from sae.evals.controls import controls
 from sae.evals.metric import Metric
 from sae.evals.reconstruction import reconstruction
@@ -10,18 +13,34 @@ SHOWN = ("fvu", "cosine", "l0", "norm_ratio")
 
 
 def baselines(subject: Subject) -> dict[str, Metric]:
-    """`control.NAME.fvu`, cosine, l0 and norm_ratio, and with a model delta_ce, for random, pca, identity and mean."""
+    """`control.NAME.fvu`, cosine, l0 and norm_ratio, and with a model delta_ce, for random, pca, identity and mean.
+
+    Of one run they depend on the hook and the dictionary's sizes alone: for equal ones they are measured once
+    (`Options.kept`).
+    """
+    sae, k, kept = subject.sae, subject.l0, subject.options.kept
+    depends = {"random": (k, sae.d_sae, sae.signed), "pca": (k,), "identity": (), "mean": ()}
+    keys = {name: ("control", name, subject.cache.hook, on) for name, on in depends.items()}
+    kept = {} if kept is None else kept
+    if missing := [name for name, key in keys.items() if key not in kept]:
+        made = controls(sae, subject.cache, k=k, seed=subject.options.seed)
+        measured = _measured(subject, {name: made[name] for name in missing})
+        kept |= {keys[name]: measured[name] for name in missing}
+    return {f"control.{name}.{metric}": each for name, key in keys.items() for metric, each in kept[key].items()}
+
+
+def _measured(subject: Subject, made: Mapping[str, SAE]) -> dict[str, dict[str, Metric]]:
     options = subject.options
-    made = controls(subject.sae, subject.cache, k=subject.l0, seed=options.seed)
-    found: dict[str, Metric] = {}
+    found: dict[str, dict[str, Metric]] = {}
     for name, each in made.items():
         measured = reconstruction(each, subject.cache)
-        found |= {f"control.{name}.{key}": measured[key] for key in SHOWN}
+        found[name] = {key: measured[key] for key in SHOWN}
     if subject.model is not None:
         changes: dict[str, Change] = {name: each.reconstruct for name, each in made.items()}
         at = [subject.cache]
         (losses,) = splice_losses(
             changes, subject.model, at, at, n_contexts=options.contexts, seed=options.seed
         ).values()
-        found |= {f"control.{name}.delta_ce": delta_ce(losses, name, options.seed) for name in made}
+        for name in made:
+            found[name]["delta_ce"] = delta_ce(losses, name, options.seed)
     return found

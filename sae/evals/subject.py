@@ -1,10 +1,12 @@
 """What is measured, and with what: the one argument of every row of the suite's table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from activations.cache import Activations, CachedActivations
 from activations.model import Model
@@ -17,6 +19,25 @@ class SenseContext(NamedTuple):
     word: str
     sense: str
     context: str
+
+
+@runtime_checkable
+class World(Protocol):
+    """What `truth` asks of a planted world, such as `data.planted.World`."""
+
+    @property
+    def directions(self) -> Tensor:
+        """(n_features, d_in), of norm 1."""
+
+    @property
+    def parent(self) -> Tensor:
+        """Of each feature, -1 for none."""
+
+    def to(self, device: str) -> "World":
+        """The same world on another device."""
+
+    def batches(self, n: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """n rows (x, z), some at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +55,10 @@ class Options:
     """The folder, or the wheel, that holds the labelled sets; None: fetched."""
     senses: Sequence[SenseContext] = ()
     """What `polysemy` reads."""
+    world: World | None = None
+    """What the rows were drawn from, for `truth`."""
+    kept: dict[object, Any] | None = field(default=None, repr=False)
+    """Of several dictionaries of one run: what was measured for one and is the same for another; None keeps nothing."""
     say: Callable[[str], None] = field(default=lambda _: None)
 
 

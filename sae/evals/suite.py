@@ -3,7 +3,7 @@
 Running one metric keeps the others' numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from sae.evals.reconstruction import reconstruction
 from sae.evals.splice_loss import splice_loss
 from sae.evals.stability import stability
 from sae.evals.subject import Options, Other, Subject
+from sae.evals.truth import against_the_truth
 from sae.evals.universality import universality
 from sae.files import load_sae
 from sae.frozen import stitched
@@ -44,8 +45,8 @@ class Entry(NamedTuple):
     measure: Callable[[Subject], dict[str, Metric]]
     needs: tuple[str, ...]
     """Beyond the weights: "cache", "model" ("model?": measures more with one), "against" (another dictionary), "sets"
-    (labelled texts), "senses"; "one hook": dictionaries that read and give back one. What needs no cache is of the
-    weights alone, and taken once where a dictionary is measured at several hooks."""
+    (labelled texts), "senses", "world" (that the rows are of); "one hook": dictionaries that read and give back one.
+    What needs no cache is of the weights alone, and taken once where a dictionary is measured at several hooks."""
     cheap: bool
     """Runs when no metric is named, where what it needs is there."""
 
@@ -104,6 +105,7 @@ TABLE: dict[str, Entry] = {
     "ablation": Entry(_ablation, ("cache", "model", "one hook"), cheap=False),
     "absorption": Entry(absorption, ("cache", "model", "one hook"), cheap=False),
     "polysemy": Entry(polysemy, ("cache", "model", "senses", "one hook"), cheap=False),
+    "truth": Entry(against_the_truth, ("world", "one hook"), cheap=False),
     "stability": Entry(_stability, ("against",), cheap=False),
     "universality": Entry(_universality, ("cache", "against", "one hook"), cheap=False),
 }
@@ -115,6 +117,7 @@ def evaluate(
     model: Model | None,
     *,
     names: Sequence[str] = (),
+    skip: Collection[str] = (),
     against: str | Path | None = None,
     options: Options = Options(),  # noqa: B008  (immutable)
     device: str = "cpu",
@@ -122,7 +125,8 @@ def evaluate(
     """Measure the dictionary in `folder`, part of a run, on the run's cache and model; merges into its eval.json.
 
     model: None for a run of vectors, which has none, and where `reads_model` says that it is not read.
-    names: rows of `TABLE`; empty: those that are cheap. against: RUN/ID of the dictionary to compare with.
+    names: rows of `TABLE`; empty: those that are cheap. skip: rows that are passed over all the same.
+    against: RUN/ID of the dictionary to compare with.
     device: where to compute without a model; else where that is.
 
     Raises InputError when the run's activations are gone, and for a metric that is unknown or lacks what it needs.
@@ -142,7 +146,8 @@ def evaluate(
     at_hooks = {
         hook: replace(subject, sae=whole, cache=parts_read(whole, rows)[0], rows=rows) for hook, whole, rows in measured
     }
-    chosen = list(names) or [name for name, row in TABLE.items() if row.cheap and not lacking(subject, name)]
+    chosen = list(names) or [name for name in cheap() if not lacking(subject, name)]
+    chosen = [name for name in chosen if name not in skip]
     for name in chosen:
         if what := lacking(subject, name):
             raise InputError(f"The metric {name} needs {what}.")
@@ -181,10 +186,22 @@ def check_names(names: Sequence[str]) -> None:
             raise InputError(f"No metric {name!r}: expected one of {', '.join(TABLE)}.")
 
 
+def cheap() -> list[str]:
+    """The rows that run when none is named."""
+    return [name for name, row in TABLE.items() if row.cheap]
+
+
 def reads_model(names: Sequence[str]) -> bool:
     """Whether any of these (none: of the cheap ones) makes use of the language model."""
-    rows = [TABLE[name] for name in names] or [row for row in TABLE.values() if row.cheap]
-    return any(need.startswith("model") for row in rows for need in row.needs)
+    return any(need.startswith("model") for name in names or cheap() for need in TABLE[name].needs)
+
+
+def rows_measured(folder: Path) -> set[str]:
+    """The rows of which the dictionary's eval.json has numbers. Raises InputError when it is damaged."""
+    record: Any = read_json(folder / EVAL) if (folder / EVAL).exists() else {}
+    metrics = record.get("metrics") if isinstance(record, dict) else None
+    found = metrics.values() if isinstance(metrics, dict) else ()
+    return {name for each in found if isinstance(each, dict) and (name := each.get("row")) in TABLE}
 
 
 def lacking(subject: Subject, name: str) -> str | None:
@@ -199,6 +216,8 @@ def lacking(subject: Subject, name: str) -> str | None:
         return "a dictionary to compare with: add --against RUN/ID"
     if "senses" in needs and not subject.options.senses:
         return "words in their senses: give it contexts"
+    if "world" in needs and subject.options.world is None:
+        return "the planted world that the rows are of: add --world FOLDER"
     if "one hook" in needs:
         for sae in (subject.sae, *([] if subject.against is None else [subject.against.sae])):
             sae.only_hook(f"The metric {name}")

@@ -7,6 +7,7 @@ Source: MCC, precision, recall, F1, uniqueness and shrinkage as SAELens defines 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from activations.errors import InputError
 from sae.evals.metric import Metric
+from sae.evals.subject import Subject
+
+SAMPLES = 50_000
+SEED = 1 << 31
+"""Added to the seed, so that no row is one that was planted to train on."""
 
 
 @runtime_checkable
@@ -63,6 +70,20 @@ def truth(
         if tree is not None:
             tree.add(fires, on)
     return {**_metrics(counts, matches), **(tree.metrics(counts) if tree is not None else {})}
+
+
+def against_the_truth(subject: Subject) -> dict[str, Metric]:
+    """`truth` on new rows of the world in the options, drawn with the seed there."""
+    sae, seed, given = subject.sae, subject.options.seed, subject.options.world
+    assert given is not None
+    if given.directions.shape[1] != sae.d_in:
+        raise InputError(
+            f"The world's rows have {given.directions.shape[1]} numbers and the dictionary reads {sae.d_in}: "
+            "give the --world that the run was collected from."
+        )
+    world = given.to(str(sae.W_dec.device))
+    found = truth(sae, world.directions, world.batches(SAMPLES, SEED + seed), world.parent)
+    return {name: replace(each, seed=seed) if "samples" in each.of else each for name, each in found.items()}
 
 
 def match(W_dec: Float[Tensor, "d_sae d_in"], directions: Float[Tensor, "n_features d_in"]) -> Matches:

@@ -10,6 +10,7 @@ import pytest
 from activations.files import lock
 from tests.app.conftest import FULL, SIGNED
 from tests.app.test_cli_app import free_port, sae_app
+from tests.app.test_pareto import dictionary
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(
@@ -26,6 +27,7 @@ ARGS = [
     "--disable-sync",
 ]
 AFTER = "element => getComputedStyle(element, '::after').content"
+WIDER = "(() => { const m = document.querySelector('.stMain'); return m.scrollWidth - m.clientWidth })()"
 BACKGROUND = "element => getComputedStyle(element).backgroundColor"
 
 
@@ -130,16 +132,13 @@ def test_the_sign_has_a_colour_of_its_own_in_light_and_dark(browser, address: st
     assert not set(seen["light"]) & set(seen["dark"])
 
 
-@pytest.mark.parametrize("path", ["", "features", "feature", "steer", "training"])
+@pytest.mark.parametrize("path", ["", "features", "feature", "steer", "training", "sweep"])
 def test_at_400_pixels_nothing_runs_over_the_edge(browser, address: str, path: str):
     page = browser(width=400)
     page.goto(f"{address}/{path}?run=demo&dictionary={SIGNED}&feature=1")
     page.wait_for_selector(".stHtml h1, .stHtml .run")
     page.wait_for_timeout(1000)
-    assert (
-        page.evaluate("(() => { const m = document.querySelector('.stMain'); return m.scrollWidth - m.clientWidth })()")
-        <= 0
-    )
+    assert page.evaluate(WIDER) <= 0
 
 
 def test_what_looks_like_markup_is_read_as_text(browser, address: str):
@@ -168,3 +167,24 @@ def test_curves_grow_while_something_trains(browser, address: str, runs: Path):
         assert page.locator(".js-plotly-plot").count() == 5
     finally:
         shutil.rmtree(folder.parent)
+
+
+def test_the_metric_of_a_sweep_is_in_the_url_and_its_controls_come_into_the_plot(browser, address: str, runs: Path):
+    for number, k in enumerate((2, 4)):
+        found = {"fvu": 0.3, "l0": float(k), "truth.mcc": 0.9, "control.mean.fvu": 1.0}
+        metrics = {name: {"value": value, "row": "planted"} for name, value in found.items()}
+        dictionary(runs, f"swept{number}", metrics, k=k)
+    page = browser(width=400)
+    page.goto(f"{address}/sweep?run=run")
+    page.wait_for_selector(".js-plotly-plot >> text=FVU (lower is better)")
+    assert page.locator(".legendtext:has-text('control: mean')").count() == 0
+    page.click("label:has-text('Axis reaches to all controls')")
+    page.wait_for_selector(".legendtext:has-text('control: mean')")
+    page.click("[data-testid=stSelectbox]:has-text('Metric')")
+    page.keyboard.type("MCC")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".js-plotly-plot >> text=MCC (higher is better)")
+    page.wait_for_url("**/sweep?run=run&metric=truth.mcc")
+    page.reload()
+    page.wait_for_selector(".js-plotly-plot >> text=MCC (higher is better)")
+    assert page.evaluate(WIDER) <= 0

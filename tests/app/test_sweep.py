@@ -11,9 +11,11 @@ import pytest
 
 from activations.errors import InputError
 from app import figures
+from app.measured import of_cells
+from app.pareto import lines_of
+from app.pareto import points_of as points_in
 from app.sweep import sweep
-from app.sweep_table import Cell, cells_of, curves_of, points_of
-from tests.app.conftest import html_of
+from app.sweep_table import Cell, cells_of, others_of, points_of
 from tests.tiny import HOOK, planted_rows, planted_run
 
 SAE = str(Path(sys.executable).with_name("sae"))
@@ -122,7 +124,8 @@ def test_other_settings_and_two_hooks_in_the_grid(run, grid):
     assert [cell.name for cell in cells] == [
         f"{hook}-topk-d64-k2-s0-lr{lr}" for hook in (HOOK, OTHER) for lr in (0.001, 0.002)
     ]
-    assert list(curves_of(cells)) == [f"topk 64, lr {lr}, {hook}" for hook in (HOOK, OTHER) for lr in (0.001, 0.002)]
+    lines = lines_of(points_in(of_cells(cells), "fvu"))
+    assert list(lines) == [f"topk 64, lr {lr}, {hook}" for hook in (HOOK, OTHER) for lr in (0.001, 0.002)]
 
 
 def test_options_of_the_architecture_are_axes_and_cells_that_differ_in_them_have_names_of_their_own(run, grid):
@@ -231,7 +234,7 @@ def test_a_sweep_killed_at_random_moments_ends_in_the_same_bytes(run, grid, tmp_
         assert made == {p.parent.name: p.read_bytes() for p in whole.glob(f"dictionaries/*/{name}")}, name
 
 
-# Table and plot
+# Table and plot; the page is in test_pareto.py
 
 
 def cell(k: float, seed: int, fvu: float, **changes) -> Cell:
@@ -258,49 +261,22 @@ def test_cells_that_differ_in_their_seed_are_one_point_with_its_spread():
     assert points[1].spread("fvu") == 0.0
 
 
-def test_the_plot_has_a_line_an_architecture_and_width_with_bars_for_seeds():
+def test_the_plot_of_a_sweep_has_a_line_an_architecture_and_width_with_bars_for_seeds():
     lines = figures.pareto(CELLS).data
-    assert [line.name for line in lines] == ["topk 64", "topk 128"]
+    assert [line.name for line in lines] == ["topk 64", "topk 128", "Pareto front"]
     assert list(lines[0].x) == [2, 4]
     assert list(lines[0].y) == pytest.approx([0.5, 0.25])
     assert list(lines[0].error_y.array) == pytest.approx([0.0, 0.1 / 2**0.5])
-    assert figures.pareto_alt(CELLS).startswith("FVU against L0: topk 64 from 0.500 at 2.0 to 0.250 at 4.0; topk 128")
+
+
+def test_options_that_one_architecture_has_are_no_name_of_its_dictionaries():
+    topk = {"architecture": "topk", "k": 2, "lr": None, "seed": 0}
+    jumprelu = {"architecture": "jumprelu", "target_l0": 2, "bandwidth": 0.1, "lr": None, "seed": 1}
+    assert others_of({"a": topk, "b": jumprelu}) == {"a": "", "b": ""}
+    assert others_of({"a": topk, "b": {**topk, "lr": 0.1}}) == {"a": "lr None", "b": "lr 0.1"}
 
 
 @pytest.mark.parametrize("record", [{}, {"cells": []}, {"cells": {"a": {"settings": {}}}}, {"cells": {"a": 3}}])
 def test_a_damaged_record_is_said(record):
     with pytest.raises(InputError, match="sweep.json is damaged"):
         cells_of(record)
-
-
-# The page
-
-
-def test_without_a_sweep_the_page_names_the_command(open_page, runs):
-    assert f"sae sweep {runs}/demo grid.toml" in html_of(open_page("sweep"))
-
-
-def test_without_runs_the_page_says_how_to_make_one(open_page, tmp_path):
-    assert "<code>sae demo</code>" in html_of(open_page("sweep", root=tmp_path / "none"))
-
-
-def test_a_run_that_is_not_there_is_said(open_page):
-    assert "No such run" in html_of(open_page("sweep", run="../demo"))
-
-
-def test_the_page_shows_the_table_and_the_plot(open_page, run, grid):
-    sweep(run.path, grid)
-    app = open_page("sweep", root=run.path.parent, run="run")
-    assert len(app.get("plotly_chart")) == 1
-    shown = app.dataframe[0].value
-    assert list(shown["k"]) == [2, 2, 4, 4] * 2
-    assert list(shown["seed"]) == [0, 1] * 4
-    assert (shown["sd over seeds"] >= 0).all()
-    recorded = json.loads((run.path / "sweep.json").read_text())["cells"]
-    for name, fvu in zip(shown["dictionary"], shown["FVU"], strict=True):
-        assert fvu == pytest.approx(recorded[name]["metrics"]["fvu"]["value"], abs=1e-4)
-
-
-def test_a_damaged_sweep_is_said_on_the_page(open_page, run):
-    (run.path / "sweep.json").write_text("{")
-    assert "sweep.json cannot be read" in html_of(open_page("sweep", root=run.path.parent, run="run"))
