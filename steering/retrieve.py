@@ -162,13 +162,12 @@ def _scores(
             numbers = mask.nonzero().flatten()
             for places in numbers.split(batch):
                 x = cache.rows(i)[places].to(queries.device, torch.float32)
-                z = _of(sae, x, latents)
-                cosines = normalize(x, dim=1) @ unit_queries
-                columns = (places + cache.offset(i), cache.tokens(i).docs[places], cosines, z)
+                near = normalize(x, dim=1) @ unit_queries
+                columns = (places + cache.offset(i), cache.tokens(i).docs[places], near, _of(sae, x, latents))
                 parts.append(tuple(column.cpu().numpy() for column in columns))
             bar.update(len(mask))
-    rows, docs, cosines, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return rows, docs, cosines, values
+    rows, docs, scores, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return rows, docs, scores, values
 
 
 def _of(sae: SAE, x: Float[Tensor, "n d_in"], latents: Sequence[int]) -> Float[Tensor, "n m"]:

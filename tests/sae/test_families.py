@@ -13,7 +13,7 @@ from sae import coactivation
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.coactivation import edges, firings, independent
 from sae.evals.families import find_families, measured, splits
-from sae.families import Family, FamilySettings, entering, families
+from sae.families import Family, FamilySettings, _different, entering, families
 from sae.files import save_sae
 from tests.tiny import HOOK, planted_run
 
@@ -63,6 +63,15 @@ def test_a_family_that_a_parent_outshone_is_found_in_a_later_round():
         (1, tuple(range(2, 7)), 1),
     ]
     assert len(families(csr_matrix(on), FamilySettings(rounds=0))) == 1
+
+
+def test_of_families_that_are_nearly_the_same_the_larger_stays():
+    def family(parent: int, *children: int) -> Family:
+        return Family(parent=parent, children=children, under=(parent,) * len(children), round=0)
+
+    large, same_parent, alike = family(0, *range(1, 9)), family(0, 20, 21, 22, 23), family(9, *range(1, 8))
+    other = family(10, 1, 2, 3, 4)  # half of the large one's
+    assert _different([alike, other, same_parent, large]) == [large, other]
 
 
 def test_the_search_is_the_papers_step_by_step():

@@ -87,9 +87,9 @@ def test_the_edit_moves_the_query_along_the_latent_and_leaves_its_error():
     gone = changed(sae, x, [Change(latent=5, amount=-9.0, relative=True)])  # topic 5 is the query's
     torch.testing.assert_close(gone, x - sae.encode(x[None])[0, 5] * sae.W_dec[5])
     signed = dictionary(signed=True)
+    signed.statistics.min[2] = -3.0  # its largest size is below 0
     below = changed(signed, x, [Change(latent=2, amount=-0.5, relative=True)])
-    size = torch.maximum(signed.statistics.max, -signed.statistics.min)[2]
-    torch.testing.assert_close(below, x - 0.5 * size * signed.W_dec[2])
+    torch.testing.assert_close(below, x - 1.5 * signed.W_dec[2])
 
 
 def test_without_changes_it_is_a_search_by_cosine_and_a_row_is_not_its_own_result(cache):
