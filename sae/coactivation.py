@@ -72,7 +72,7 @@ def edges(fires: csr_matrix, latents: Int[np.ndarray, " m"], threshold: float, c
     order = np.lexsort((latents, -each))  # from the densest to the rarest: then i < j says that i is the denser
     latents, each = latents[order], each[order]
     parts = [np.zeros((3, 0))]
-    for first, both in _counted(fires[:, latents].tocsr()):
+    for first, both in tqdm(counted(fires[:, latents].tocsr()), desc="counting pairs", unit="block", disable=None):
         share = both.data / (each[both.col] + 1)
         expected = each[both.row + first] * (each[both.col] / n)
         kept = (share >= threshold) & (poisson.sf(both.data - 1, expected) * (m * (m - 1) / 2) <= chance)
@@ -91,8 +91,11 @@ def independent(fires: csr_matrix, rng: np.random.Generator) -> csr_matrix:
     return csr_matrix((np.ones(len(rows), np.int32), (rows, np.repeat(np.arange(d_sae), each))), shape=(n, d_sae))
 
 
-def _counted(fires: csr_matrix) -> Iterator[tuple[int, coo_matrix]]:
-    """n_ij for i < j, as (number of the first i, their rows of the table), a few latents i at a time."""
+def counted(fires: csr_matrix) -> Iterator[tuple[int, coo_matrix]]:
+    """n_ij for i < j, as (number of the first i, their rows of the table), a few latents i at a time.
+
+    Memory: about `PRODUCTS` entries, however many latents fire together.
+    """
     by_latent = fires.T.tocsr()
     work = np.cumsum(by_latent @ fires.getnnz(axis=1))
     first = 0

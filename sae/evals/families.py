@@ -23,7 +23,7 @@ from activations.files import write_json
 from activations.model import pick_device
 from activations.run import Run, dictionary_folder, versions
 from sae.base import SAE
-from sae.coactivation import firings, independent
+from sae.coactivation import counted, firings, independent
 from sae.evals.matching import similar
 from sae.evals.metric import Metric
 from sae.evals.reconstruction import evaluation_part
@@ -31,6 +31,13 @@ from sae.families import Family, FamilySettings, entering, families
 from sae.files import load_sae
 
 FILE = "families.json"
+HELD = {
+    "together": "share of a child's firings on which the parent fires too, mean over children and families",
+    "coverage": "share of the parent's firings on which a child fires, mean over families",
+    "ratio": "R: n_ij / min(n_i, n_j) of parent and children, mean, over that of all pairs of children (each with "
+    "itself too); mean over families",
+}
+"""What is measured of a family, with its definition."""
 _CHUNK = 1024
 
 
@@ -63,7 +70,10 @@ def find_families(
         )
     found = families(fires, settings)
     split = {} if against is None else splits(sae, load_sae(against, device=str(sae.W_dec.device)), str(against), seed)
-    metrics = {**measured(fires, found, settings, part, seed), **split.pop("metrics", {})}
+    by_latent = fires.tocsc()
+    held = [_held(by_latent, family.parent, family) for family in found]
+    density = by_latent.getnnz(axis=0) / fires.shape[0]
+    metrics = {**measured(fires, found, held, settings, part, seed), **split.pop("metrics", {})}
     record = {
         "rows": fires.shape[0],
         "part": part,
@@ -71,7 +81,7 @@ def find_families(
         "latents": len(latents),
         "versions": versions(),
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-        "families": [_shown(family, fires.tocsc()) for family in found],
+        "families": [_shown(*each, density) for each in zip(found, held, strict=True)],
         **split,
     }
     write_json(folder / FILE, record)
@@ -79,9 +89,14 @@ def find_families(
 
 
 def measured(
-    fires: csr_matrix, found: Sequence[Family], settings: FamilySettings, part: str, seed: int
+    fires: csr_matrix,
+    found: Sequence[Family],
+    held: Sequence[tuple[float, float, float]],
+    settings: FamilySettings,
+    part: str,
+    seed: int,
 ) -> dict[str, Metric]:
-    """How many families, of how many latents, how they hold together, each with its control."""
+    """How many families, of how many latents, how they hold together (`held`), each with its control."""
     by_latent, latents = fires.tocsc(), entering(fires, settings)
     by_chance = families(independent(fires, np.random.default_rng(seed)), settings)
     rows = f"families, on {fires.shape[0]:,} rows of {part} documents"
@@ -104,16 +119,9 @@ def measured(
     }
     if not found:
         return made
-    each = [_held(by_latent, family.parent, family) for family in found]
     stand_ins = [_held(by_latent, _stand_in(by_latent, latents, family), family) for family in found]
-    definitions = {
-        "together": "share of a child's firings on which the parent fires too, mean over children and families",
-        "coverage": "share of the parent's firings on which a child fires, mean over families",
-        "ratio": "R: n_ij / min(n_i, n_j) of parent and children, mean, over that of all pairs of children (each with "
-        "itself too); mean over families",
-    }
-    for i, (name, definition) in enumerate(definitions.items()):
-        for prefix, values in (("", each), ("control.stand_in.", stand_ins)):
+    for i, (name, definition) in enumerate(HELD.items()):
+        for prefix, values in (("", held), ("control.stand_in.", stand_ins)):
             made[f"{prefix}families.{name}"] = Metric(
                 value=float(np.mean([value[i] for value in values])),
                 n=len(found),
@@ -163,12 +171,15 @@ def _nearest(rows: Tensor, others: Tensor, signed: bool) -> tuple[Tensor, Tensor
 
 def _held(by_latent: csc_matrix, parent: int, family: Family) -> tuple[float, float, float]:
     """together, coverage and ratio (see `measured`) of the family's children below `parent`."""
-    children = by_latent[:, list(family.children)]
+    children = by_latent[:, list(family.children)].tocsr()
     on_parent = children[by_latent[:, [parent]].nonzero()[0]]
-    each, n_parent = children.getnnz(axis=0), max(on_parent.shape[0], 1)
+    each, n_parent = children.getnnz(axis=0), on_parent.shape[0]
     with_parent = np.asarray(on_parent.sum(axis=0)).ravel()
-    among = (children.T @ children).toarray() / np.minimum.outer(each, each)
-    ratio = (with_parent / np.minimum(each, n_parent)).mean() / among.mean()
+    pairs = (
+        (both.data / np.minimum(each[both.row + first], each[both.col])).sum() for first, both in counted(children)
+    )
+    among = (2 * sum(pairs) + len(each)) / len(each) ** 2
+    ratio = (with_parent / np.minimum(each, n_parent)).mean() / among
     return float((with_parent / each).mean()), float((on_parent.getnnz(axis=1) > 0).sum() / n_parent), float(ratio)
 
 
@@ -181,13 +192,12 @@ def _stand_in(by_latent: csc_matrix, latents: np.ndarray, family: Family) -> int
     return int(outside[np.abs(each[outside] - each[family.parent]).argmin()])
 
 
-def _shown(family: Family, by_latent: csc_matrix) -> dict[str, Any]:
-    together, coverage, ratio = _held(by_latent, family.parent, family)
-    density = by_latent.getnnz(axis=0) / by_latent.shape[0]
+def _shown(family: Family, held: tuple[float, float, float], density: np.ndarray) -> dict[str, Any]:
+    """The family as the file has it. held: of `_held`."""
     children = [
         {"latent": latent, "under": under, "density": round(float(density[latent]), 6)}
         for latent, under in zip(family.children, family.under, strict=True)
     ]
-    held = {"together": round(together, 4), "coverage": round(coverage, 4), "ratio": round(ratio, 4)}
+    measures = {name: round(value, 4) for name, value in zip(HELD, held, strict=True)}
     parent = {"parent": family.parent, "density": round(float(density[family.parent]), 6), "round": family.round}
-    return {**parent, **held, "children": children}
+    return {**parent, **measures, "children": children}

@@ -12,7 +12,7 @@ from activations.errors import InputError
 from sae import coactivation
 from sae.architectures.topk import TopKConfig, TopKSAE
 from sae.coactivation import edges, firings, independent
-from sae.evals.families import find_families, measured, splits
+from sae.evals.families import _held, find_families, measured, splits
 from sae.families import Family, FamilySettings, _different, entering, families
 from sae.files import save_sae
 from tests.tiny import HOOK, planted_run
@@ -161,13 +161,30 @@ def test_latents_that_fire_with_everything_or_hardly_ever_do_not_enter():
     assert 0 not in got
 
 
+def test_what_a_family_holds_together_is_its_definition():
+    fires = planted_firings()
+    family = Family(parent=1, children=(6, 7, 8, 15), under=(1,) * 4, round=0)
+    on = fires.toarray()
+    each = on.sum(axis=0)
+    shares = [(on[:, 1] & on[:, i]).sum() / each[i] for i in family.children]
+    covered = (on[:, 1] & on[:, list(family.children)].any(axis=1)).sum() / each[1]
+    among = [(on[:, i] & on[:, j]).sum() / min(each[i], each[j]) for i in family.children for j in family.children]
+    above = [(on[:, 1] & on[:, i]).sum() / min(each[1], each[i]) for i in family.children]
+    expected = (np.mean(shares), covered, np.mean(above) / np.mean(among))
+    assert _held(fires.tocsc(), 1, family) == pytest.approx(expected)
+    assert shares[-1] == 0
+    assert 0.7 < covered < 1
+
+
 def test_controls_know_nothing_of_the_families():
     fires = planted_firings()
     alone = independent(fires, np.random.default_rng(0))
     np.testing.assert_array_equal(alone.getnnz(axis=0), fires.getnnz(axis=0))
     assert alone.max() == 1
     settings = FamilySettings(rounds=0)
-    found = {name: m.value for name, m in measured(fires, families(fires, settings), settings, "all", 0).items()}
+    trees = families(fires, settings)
+    held = [_held(fires.tocsc(), tree.parent, tree) for tree in trees]
+    found = {name: m.value for name, m in measured(fires, trees, held, settings, "all", 0).items()}
     assert (found["families.n"], found["control.independent.families.n"]) == (2, 0)
     assert found["families.together"] == 1.0
     assert found["families.coverage"] > 0.9
