@@ -52,7 +52,8 @@ class Hit:
 @dataclass(frozen=True, kw_only=True)
 class Retrieved:
     query: dict[int, float]
-    """The query's latents, the largest first, in units of their largest value on the corpus."""
+    """The query's latents, the largest first, in units of their largest value on the corpus; without those that fire on
+    none of its rows."""
     base: list[Hit]
     """Nearest to the query as it was asked."""
     steered: list[Hit]
@@ -109,7 +110,7 @@ def retrieve(
         ]
 
     order = z.abs().argsort(descending=True)[: int((z != 0).sum())].tolist()
-    of_query = {i: float(z[i] / unit[i]) if unit[i] else float("inf") for i in order}
+    of_query = {i: float(z[i] / unit[i]) for i in order if unit[i]}
     similarities = cosine_similarity(queries, x[None]).cpu().numpy()
     return Retrieved(
         query=of_query,

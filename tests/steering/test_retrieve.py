@@ -117,6 +117,7 @@ def test_changes_that_cannot_be_are_refused(cache, changes, part):
 def test_a_latent_that_never_fires_and_a_dictionary_without_statistics_are_refused(cache):
     sae = dictionary()
     sae.statistics.max[11] = sae.statistics.min[11] = 0
+    assert 11 not in retrieve(sae, cache, sae.W_dec[11]).query
     with pytest.raises(InputError, match="never fires"):
         retrieve(sae, cache, texts()[0][0], [Change(latent=11, amount=1)])
     sae.statistics = None
