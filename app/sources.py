@@ -22,6 +22,7 @@ from data.vectors import read_vectors, vectors_fingerprint
 LAYOUTS = ("packed", "documents", "chat")
 CONTEXT = {"packed": 128, "documents": 1024, "chat": 1024}
 TEXTS_PER_BLOCK = 4096
+_EMBEDDINGS = "embeddings text="
 
 VectorBlock = tuple[Tensor, Callable[[], Tensor]]
 
@@ -171,7 +172,7 @@ class Embeddings:
             "corpus_hash": corpus_fingerprint(self.corpus),
             "context": 1,
             "n_tokens": self.rows,
-            "layout": f"embeddings text={self.text_column}",
+            "layout": f"{_EMBEDDINGS}{self.text_column}",
         }
 
     def blocks(self, embedder: Embedder) -> Iterator[VectorBlock]:
@@ -179,3 +180,9 @@ class Embeddings:
         while part := list(itertools.islice(documents, TEXTS_PER_BLOCK)):
             texts = [document.text for document in part]
             yield torch.tensor([document.id for document in part]), lambda texts=texts: embedder.embed(texts)  # type: ignore[misc]
+
+
+def embedded_column(meta: Mapping[str, Any]) -> str | None:
+    """The column whose texts a run of embeddings was made from; None for another kind of run. meta: of run.json."""
+    layout = str(meta["layout"])
+    return layout.removeprefix(_EMBEDDINGS) if layout.startswith(_EMBEDDINGS) else None

@@ -22,6 +22,8 @@ _COMMANDS = {
     "index": "Build the feature store.",
     "label": "Explain features and score the explanations.",
     "steer": "Base and steered text side by side.",
+    "families": "Find families of latents that fire together.",
+    "retrieve": "Search a corpus by meaning, with latents of the query raised or lowered.",
     "runs": "List runs with their sizes.",
     "clean": "Drop a run's activations and checkpoints.",
     "app": "Open the workbench in the browser.",

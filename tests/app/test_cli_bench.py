@@ -12,7 +12,7 @@ import torch
 from activations.errors import InputError
 from app.cli.bench import ROOT, benchmarks
 from data.planted import WorldConfig
-from tests.benchmarks import quality, train
+from tests.benchmarks import quality, superposition, train
 from tests.benchmarks.synthetic.dictionaries import parsed
 from tests.benchmarks.synthetic.samples import Samples
 from tests.tiny import HOOK, planted_run
@@ -107,6 +107,19 @@ def test_dictionaries_are_judged_against_the_truth_beside_controls(capsys):
     assert found["random dictionary", None]["f1"] < 0.1 < topk["f1"]
     assert found["true codes", None]["f1"] == found["true dictionary, tied", None]["mcc"] == 1
     assert err.count("| ours | topk:k=4,lr=4e-3 | saved | 2 | ") == 1
+
+
+def test_recovered_variables_are_judged_beside_controls(capsys):
+    sizes = ["--cells", "2000", "--judged", "500", "--observed", "150", "--visits", "20k", "--ours", "topk:k=16"]
+    superposition.main([*sizes, "--dims", "60", "--widths", "96", "--seeds", "0", "--representation", "projection"])
+    out, err = capsys.readouterr()
+    found = {row["name"]: row for row in map(json.loads, out.splitlines())}
+    assert found["linear regression"]["program.best"] > 0.8
+    topk = found["topk:k=16"]
+    assert (topk["l0"], topk["width"]) == (16, 96)
+    assert found["shuffled"]["type.best"] < 0.3 < topk["type.best"] < 1
+    assert topk["fvu"] < 0.7 < found["random dictionary"]["fvu"]
+    assert err.count("| 60 | topk:k=16 | 96 | 1 | ") == 1
 
 
 def test_samples_do_not_depend_on_how_they_are_read():
