@@ -48,7 +48,7 @@ def command(
     run = Run.open(folder.parent.parent)
     model: Model | None = None
     if run.has_text and reads_model(names):
-        model = load_model(run.meta["model"], dtype=model_dtype or run.meta["model_dtype"], device=device)
+        model = load_model(run.model_name, dtype=model_dtype or run.meta["model_dtype"], device=device)
     options = Options(
         seed=seed,
         contexts=contexts,
