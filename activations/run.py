@@ -88,11 +88,14 @@ class Run:
     def model_name(self) -> str:
         """The model that it is of. Raises InputError when the run has none yet."""
         if not self.is_begun:
-            raise InputError(
-                f"{self.path} has no model and no activations yet: run `sae collect {self.path} --model M --hook H`, M "
-                "and H those of its dictionary."
-            )
+            raise self._not_begun()
         return str(self.meta["model"])
+
+    def _not_begun(self) -> InputError:
+        return InputError(
+            f"{self.path} has no model and no activations yet: run `sae collect {self.path} --model M --hook H`, M and "
+            "H those of its dictionary."
+        )
 
     @property
     def has_text(self) -> bool:
@@ -108,6 +111,8 @@ class Run:
         """The cached activations of one hook; see `CachedActivations`. Raises InputError when they are missing."""
         if hook not in self.hooks():
             have = ", ".join(self.hooks()) or "none"
+            if not self.is_begun:
+                raise self._not_begun()
             raise InputError(
                 f"{self.path} has no activations at {hook!r} (it has: {have}): "
                 f"run `sae collect {self.path} --hook {hook}`."

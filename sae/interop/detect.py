@@ -1,4 +1,4 @@
-"""Which format a folder or file is in, told by its files alone; nothing in them is read but SAELens' settings."""
+"""Which format a folder or file is in, told by the names of its files alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,8 @@ from typing import NamedTuple
 from activations.errors import InputError
 from activations.run import dictionary_folder
 from sae.base import SAE
-from sae.files import CFG, WEIGHTS, load_own
+from sae.files import CFG, WEIGHTS
 from sae.interop import dictionary_learning, gemma_scope, hub, openai, openmoss, saelens, sparsify
-from sae.interop.made import settings
 
 
 class Found(NamedTuple):
@@ -22,7 +21,6 @@ class Found(NamedTuple):
     """What it is made of."""
 
 
-OURS = "sae-workbench"
 READERS: dict[str, Callable[[Path], SAE]] = {
     "saelens": saelens.read,
     "sparsify": sparsify.read,
@@ -59,8 +57,6 @@ def detect(path: Path) -> Found | None:
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent if path.is_file() else path
     for name, files in _FOLDERS:
         if all((folder / file).is_file() for file in files):
-            if name == "saelens" and not saelens.is_foreign(settings(folder / CFG)):
-                name = OURS
             return Found(name, folder, tuple(folder / file for file in files))
     states = sorted(folder.glob("*.pt")) if folder.is_dir() else []
     return Found("openai", states[0], (states[0],)) if len(states) == 1 else None
@@ -77,7 +73,7 @@ def find(address: str | Path) -> Found:
     if found := detect(path):
         return found
     if (path / CFG).exists():
-        return Found(OURS, path, (path / CFG,))  # without its weights, as its loader will say
+        return Found("saelens", path, (path / CFG,))  # without its weights, as its loader will say
     inner = sorted(each.name for each in path.iterdir() if each.is_dir() and detect(each)) if path.is_dir() else []
     if inner:
         more = f" and {len(inner) - 5} more" if len(inner) > 5 else ""
@@ -87,4 +83,4 @@ def find(address: str | Path) -> Found:
 
 def read(found: Found) -> SAE:
     """The dictionary, on the CPU. Raises InputError."""
-    return load_own(found.path) if found.format == OURS else READERS[found.format](found.path)
+    return READERS[found.format](found.path)

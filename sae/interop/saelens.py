@@ -18,7 +18,7 @@ from torch import Tensor
 
 from activations.errors import InputError
 from sae.base import SAE
-from sae.files import CFG, WEIGHTS, save_sae
+from sae.files import CFG, WEIGHTS, load_own, save_sae
 from sae.interop.made import centred, make, one_of, refuse, settings, standardised, text, whole, with_unit_rows
 from sae.interop.tensors import Tensors, read_safetensors
 from sae.registry import REGISTRY
@@ -46,7 +46,9 @@ def read(path: Path) -> SAE:
     """The dictionary in a folder with cfg.json and sae_weights.safetensors. Raises InputError."""
     folder = path if path.is_dir() else path.parent
     about = folder / CFG
-    cfg = _of_version_6(settings(about))
+    if not is_foreign(cfg := settings(about)):
+        return load_own(folder)
+    cfg = _of_version_6(cfg)
     name = one_of(cfg["architecture"], "architecture", _READS, about)
     norm = cfg.get("normalize_activations") or "none"  # before version 6 it may be false, or true for a scale
     if norm not in _NORMALISATIONS or (norm == "layer_norm" and name != "topk"):

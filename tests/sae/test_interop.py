@@ -364,7 +364,7 @@ def test_what_is_written_is_read_again_with_the_same_latents(tmp_path, form, nam
     sae, x = random_sae(name), torch.randn(32, 6)
     WRITERS[form](sae, tmp_path / "layers.2")
     found = detect.find(tmp_path / "layers.2")
-    assert found.format == {"saelens": detect.OURS}.get(form, form)
+    assert found.format == form
     again = load_sae(tmp_path / "layers.2")
     assert again.hook == "blocks.2.hook_resid_post" or "transcoder" in name
     torch.testing.assert_close(again.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
@@ -395,5 +395,5 @@ def test_thresholds_that_differ_make_a_jumprelu_of_a_batchtopk(tmp_path):
 def test_what_was_folded_is_saved_as_ours(tmp_path):
     sae = load_sae(put(tmp_path / GEMMA_PLACE, "params.npz", None, **GEMMA))
     save_sae(sae, tmp_path / "ours")
-    assert detect.find(tmp_path / "ours").format == detect.OURS
+    assert not saelens.is_foreign(json.loads((tmp_path / "ours" / "cfg.json").read_text()))
     check(load_sae(tmp_path / "ours"), X, [3.0, 0.0, 1.5], [7.0, 5.0])
