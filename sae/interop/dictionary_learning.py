@@ -61,7 +61,7 @@ def read(path: Path) -> SAE:
 def write(sae: SAE, folder: Path) -> None:
     """Write a dictionary for `load_dictionary`. Raises InputError for one that dictionary_learning has no class for."""
     name = sae.architecture
-    if name not in WRITES or getattr(sae.cfg, "refine", 0):
+    if name not in WRITES or getattr(sae.cfg, "refine", None):
         raise refuse(sae, "dictionary_learning", ", ".join(WRITES) + " (without refine)")
     kind, tensors = _state(sae)
     trainer: dict[str, Any] = {
@@ -138,7 +138,7 @@ def _state(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     if name == "standard":
         return "AutoEncoder", {**linear, "encoder.bias": sae.b_enc, "bias": sae.b_dec}
     linear |= {"encoder.bias": sae.b_enc, "b_dec": sae.b_dec}
-    k = getattr(sae.cfg, "k", None)
+    k: float = getattr(sae.cfg, "k", 0)
     if name in _TOPK:
         return "AutoEncoderTopK", {**linear, "k": _int(k), "threshold": torch.tensor(-1.0)}
     threshold = sae.get_parameter("threshold") if name == "jumprelu" else sae.get_buffer("threshold")
@@ -159,7 +159,7 @@ def _state(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     }
 
 
-def _int(k: Any) -> Tensor:
+def _int(k: float) -> Tensor:
     return torch.tensor(int(k), dtype=torch.int32)
 
 

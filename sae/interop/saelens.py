@@ -80,7 +80,7 @@ def read(path: Path) -> SAE:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write a dictionary for `SAE.load_from_disk`. Raises InputError for one that SAELens has no class for."""
-    if sae.architecture not in WRITES or getattr(sae.cfg, "refine", 0):
+    if sae.architecture not in WRITES or getattr(sae.cfg, "refine", None):
         raise refuse(sae, "SAELens", ", ".join(WRITES) + " (without refine)")
     if REGISTRY[sae.architecture].saelens is None:  # another training of what is a TopK when it is done
         weights = {name: p.detach().cpu() for name, p in sae.named_parameters()}

@@ -136,10 +136,11 @@ def test_its_statistics_are_made_by_eval_and_saved(six_wide, run):
     assert found["l0"].value == pytest.approx(4.0, abs=0.5)
     known = load_sae(folder).statistics
     assert known is not None
-    ordinary = torch.cat([c.rows(0)[c.mask(0)] for c in [run.activations(HOOK)]]).float()
-    z = load_sae(folder).encode(ordinary)
-    torch.testing.assert_close(known.max[:16] >= z.max(dim=0).values - 1e-5, torch.ones(16, dtype=torch.bool))
-    assert known.n_tokens == run.activations(HOOK).n_ordinary
+    cache = run.activations(HOOK)
+    z = load_sae(folder).encode(torch.cat([cache.rows(i)[cache.mask(i)] for i in range(4)]).float())
+    torch.testing.assert_close(known.max, z.max(dim=0).values)
+    torch.testing.assert_close(known.density, (z != 0).float().mean(dim=0))
+    assert known.n_tokens == len(z) == cache.n_ordinary
     again = bring_in(six_wide, run.path, name="a", overwrite=True)
     assert load_sae(again).statistics is None  # those were of the other one
 
@@ -152,6 +153,19 @@ def test_a_comparison_asks_for_the_others_statistics(six_wide, run):
         evaluate(folder, None, names=["stability"], against=f"{run.path}/b")
     evaluate(run.dictionary("b"), None, names=["density"])
     assert evaluate(folder, None, names=["stability"], against=f"{run.path}/b")
+
+
+def test_an_imported_transcoder_is_measured_between_its_hooks(tmp_path):
+    torch.manual_seed(0)
+    target = "blocks.1.hook_mlp_out"
+    run = planted_run(tmp_path / "run", {HOOK: torch.randn(2048, 6), target: torch.randn(2048, 6)})
+    give_out(saved(random_sae("skip_transcoder"), tmp_path / "ours"), "sparsify", tmp_path / "tc")
+    folder = bring_in(tmp_path / "tc", run.path, hook=HOOK, target_hook=target)
+    found = evaluate(folder, None, names=["reconstruction", "density"])
+    assert found["l0"].value == pytest.approx(4.0, abs=0.5)
+    known = load_sae(folder).statistics
+    assert known is not None
+    assert known.n_tokens == run.activations(HOOK).n_ordinary
 
 
 # Out

@@ -6,7 +6,8 @@ A peer's dictionary gets random weights, also where it starts at 0, and is saved
 read is compared with the peer's own. Then ours is written and the peer's loader reads it. `latents` and
 `reconstruction` are the largest differences over `rows` normal rows; `on` the mean number of latents that are not 0;
 `on_threshold` how many lay within 1e-5 of their JumpReLU threshold, on one side here and on the other there.
-OpenAI's and OpenMOSS' code is on no registry: tests/sae/test_interop*.py have their formulas.
+OpenAI's and OpenMOSS' code is on no registry: tests/sae/test_interop*.py have their formulas, and what SAELens reads of
+OpenMOSS and Gemma Scope is compared with it.
 """
 
 import argparse
@@ -105,6 +106,7 @@ def of_saelens(folder: Path) -> Iterator[Case]:
             x_hat = peer.decode(z)
         per_row = x.std(dim=1, correction=0, keepdim=True) if "layer_norm" in kind else 1.0
         yield Case(kind, "read", load_sae(folder / f"s{i}"), z.to_dense(), x_hat, per_row)
+    yield from of_its_loaders(folder)
     for name in saelens.WRITES:
         ours = ours_of(name)
         saelens.write(ours, folder / name)
@@ -112,6 +114,60 @@ def of_saelens(folder: Path) -> Iterator[Case]:
         with torch.no_grad():
             z = peer.encode(x)
             yield Case(name, "write", ours, z.to_dense(), peer.decode(z))
+
+
+@torch.no_grad()
+def of_its_loaders(folder: Path) -> Iterator[Case]:
+    """Gemma Scope and OpenMOSS, which SAELens reads too. It knows no decoder norms in thresholds: rows have norm 1."""
+    import numpy as np
+    from sae_lens import SAE as Theirs
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors.torch import save_file
+
+    x, generator = rows(), torch.Generator().manual_seed(3)
+    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
+    parts = {"W_enc": W_dec.T.contiguous(), "W_dec": W_dec, "b_enc": 0.1 * torch.randn(D_SAE, generator=generator)}
+    parts["b_dec"] = 0.1 * torch.randn(D_IN, generator=generator)
+    linear = {"encoder.weight": parts["W_enc"].T, "decoder.weight": W_dec.T}
+    linear |= {"encoder.bias": parts["b_enc"], "decoder.bias": parts["b_dec"]}
+    linear = {name: each.contiguous() for name, each in linear.items()}
+    threshold = 1 + torch.rand(D_SAE, generator=generator)
+    norm, hook = 20.0, "blocks.3.hook_resid_post"
+    factor = D_IN**0.5 / norm
+    about = {"d_model": D_IN, "d_sae": D_SAE, "expansion_factor": D_SAE // D_IN, "act_fn": "jumprelu"}
+    about |= {"hook_point_in": hook, "hook_point_out": hook, "norm_activation": "dataset-wise"}
+
+    gemma = folder / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k"
+    old, new = folder / "L3R-8x", folder / "L3R-new"
+    for each in (gemma, old / "checkpoints", new):
+        each.mkdir(parents=True)
+    np.savez(gemma / "params.npz", **{name: each.numpy() for name, each in parts.items()}, threshold=threshold.numpy())
+    norms = {"dataset_average_activation_norm": {"in": norm, "out": norm}}
+    (old / "hyperparams.json").write_text(json.dumps({**about, **norms, "jump_relu_threshold": 1.5}))
+    save_file(linear, old / "checkpoints" / "final.safetensors")
+    (new / "config.json").write_text(json.dumps({**about, **norms}))
+    save_file({**linear, "log_jumprelu_threshold": (factor * threshold).log()}, new / "sae_weights.safetensors")
+
+    def local(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        return str(Path(repo_id) / subfolder / filename)
+
+    loaders.hf_hub_download = local
+    sizes = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32"}
+    where = str(gemma.parent.parent)  # its loader takes the sizes of real models from the names
+    calls: list[tuple[str, Path, Any, str, str]] = [
+        ("Gemma Scope", gemma, loaders.gemma_2_sae_huggingface_loader, where, "layer_3/width_16k"),
+        ("Llama Scope", old, loaders.llama_scope_sae_huggingface_loader, str(folder), old.name),
+        ("OpenMOSS", new, loaders.llama_scope_r1_distill_sae_huggingface_loader, str(folder), new.name),
+    ]
+    for kind, at, loader, repo, name in calls:
+        more = {} if kind == "Gemma Scope" else {"dtype": "float32"}
+        cfg, state, _ = loader(repo, name, device="cpu", cfg_overrides=sizes if not more else more)
+        peer = Theirs.from_dict(loaders.handle_pre_6_0_config(cfg))
+        peer.load_state_dict(state)
+        if more:
+            peer.fold_activation_norm_scaling_factor(factor)
+        z = peer.encode(x)
+        yield Case(kind, "read", load_sae(at), z, peer.decode(z), 1.0 if not more else 1 / factor)
 
 
 # dictionary_learning
