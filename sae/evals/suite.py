@@ -171,6 +171,10 @@ def measured_on(folder: Path, sae: SAE) -> list[tuple[str, SAE, Activations]]:
     """
     run, settings = Run.open(folder.parent.parent), begun_with(folder)
     if settings is None:
+        if sae.joint or sae.target == "error" or len(sae.hooks) > 1:
+            raise InputError(
+                f"{folder} has no train.json that says what else it reads: it is measured in the run that trained it."
+            )
         outputs = sae.metadata.get("hook_names_out") or []
         parts = [run.activations(hook) for hook in (sae.hook, *outputs)]
         return [(sae.hook, sae, parts[0] if len(parts) == 1 else Joined(parts))]

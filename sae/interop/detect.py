@@ -58,7 +58,7 @@ def detect(path: Path) -> Found | None:
     for name, files in _FOLDERS:
         if all((folder / file).is_file() for file in files):
             return Found(name, folder, tuple(folder / file for file in files))
-    states = sorted(folder.glob("*.pt")) if folder.is_dir() else []
+    states = sorted(set(folder.glob("*.pt")) - {folder / dictionary_learning.WEIGHTS})
     return Found("openai", states[0], (states[0],)) if len(states) == 1 else None
 
 

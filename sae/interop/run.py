@@ -5,6 +5,7 @@ need activations, so there are none until `sae eval` has read some.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from activations.errors import InputError
 from activations.files import lock
 from activations.run import Run
 from sae.base import SAE
-from sae.files import CFG, STATISTICS, load_sae, save_sae
+from sae.files import CFG, load_sae, save_sae
 from sae.interop import detect, dictionary_learning, saelens, sparsify
 
 WRITERS: dict[str, Callable[[SAE, Path], None]] = {
@@ -36,19 +37,20 @@ def bring_in(
 
     name: by default HOOK-ARCH-dN-FORMAT. hook: what it reads, target_hook: what it predicts, where the files do not say
     or say it in other names. model: by default the run's; in a new run what the files say.
-    Raises InputError for what is no dictionary, one whose hook nobody says, one that does not fit the run's
+    Raises InputError for what is no dictionary, one whose hook or model nobody says, one that does not fit the run's
     activations, and a name that is taken (unless `overwrite`).
     """
     found = detect.find(address)
     sae = detect.read(found)
     sae.statistics = None
     _place(sae, hook, target_hook, address)
+    told, known = sae.model_name, Run.open(run).meta.get("model") if (Path(run) / "run.json").exists() else None
+    sae.metadata["model_name"] = model or known or told
+    if not sae.model_name:
+        raise InputError(f"{address} does not say which model it is of: add --model, as `sae collect` takes it.")
     opened = Run.start(run)
     if sae.hook in opened.hooks() and (width := opened.activations(sae.hook).d_in) != sae.d_in:
         raise InputError(f"{address} reads {sae.d_in} values, but {sae.hook} of {run} has {width}: it is of another.")
-    told = sae.model_name
-    if chosen := model or (opened.meta.get("model") and opened.model_name):
-        sae.metadata["model_name"] = chosen
     sae.metadata["imported"] = {
         "format": found.format,
         "source": str(address),
@@ -57,11 +59,11 @@ def bring_in(
     }
     folder = opened.dictionary(name or f"{sae.hook}-{sae.architecture}-d{sae.d_sae}-{found.format}")
     with lock(folder / ".train.lock"):
-        if (folder / CFG).exists() and not overwrite:
-            raise InputError(f"{folder} is there already: take another --name, or --overwrite.")
         if (folder / "train.json").exists():
             raise InputError(f"{folder} was trained here, and would lose its settings: take another --name.")
-        (folder / STATISTICS).unlink(missing_ok=True)
+        if (folder / CFG).exists() and not overwrite:
+            raise InputError(f"{folder} is there already: take another --name, or --overwrite.")
+        _empty(folder)  # statistics, figures, features and explanations are the old one's
         save_sae(sae, folder)
     return folder
 
@@ -94,6 +96,16 @@ def _place(sae: SAE, hook: str | None, target_hook: str | None, address: str | P
         sae.metadata |= {"hook_name_out": target_hook, "hook_names_out": [target_hook]}
     if not sae.metadata.get("hook_names_out"):
         raise InputError(f"{address} is a transcoder and does not say what it predicts: add --target-hook.")
+
+
+def _empty(folder: Path) -> None:
+    """Take everything out of a dictionary's folder but its lock; first what makes it one."""
+    (folder / CFG).unlink(missing_ok=True)
+    for each in folder.iterdir():
+        if each.is_dir():
+            shutil.rmtree(each)
+        elif not each.name.startswith(".train."):
+            each.unlink()
 
 
 def _root(found: detect.Found) -> Path:

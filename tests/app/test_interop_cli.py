@@ -37,6 +37,8 @@ def one_line(done: Result, says: str) -> None:
 
 @pytest.fixture
 def layer(tmp_path: Path) -> Path:
+    """One of sparsify's dictionaries, in a run of its own that says which model it is of."""
+    (tmp_path / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
     return put(tmp_path / "layers.3", "sae.safetensors", SPARSIFY_CFG, **SPARSIFY)
 
 
@@ -74,6 +76,7 @@ def test_a_new_run_begins_with_a_dictionary_from_elsewhere(layer, tmp_path):
     loaded = load_sae(tmp_path / "new")
     check(loaded, X, [0.0, 3.0, 0.0, 0.0], [1.0, 7.0])
     assert loaded.statistics is None
+    assert loaded.model_name == "EleutherAI/pythia-70m"
     assert loaded.metadata["imported"]["sha256"] == told["sha256"]
     assert "no model yet" in sae("runs", tmp_path).output
 
@@ -91,10 +94,11 @@ def test_it_is_named_placed_and_not_replaced_unasked(layer, tmp_path):
 def test_what_the_files_do_not_say_is_asked_for(tmp_path):
     folder = put(tmp_path / "unknown", "params.npz", None, **GEMMA)
     one_line(sae("import", folder, tmp_path / "r"), "does not say which hook it reads: add --hook")
+    one_line(sae("import", folder, tmp_path / "r", "--hook", "a"), "does not say which model it is of: add --model")
     transcoder = put(tmp_path / "tc", "sae.safetensors", SPARSIFY_CFG | {"transcode": True}, **SPARSIFY)
     one_line(sae("import", transcoder, tmp_path / "r", "--hook", "a"), "add --target-hook")
     assert not (tmp_path / "r").exists()
-    done = sae("import", transcoder, tmp_path / "r", "--hook", "a", "--target-hook", "b")
+    done = sae("import", transcoder, tmp_path / "r", "--hook", "a", "--target-hook", "b", "--model", "m")
     assert done.exit_code == 0, done.output
     assert load_sae(tmp_path / "r").metadata["hook_names_out"] == ["b"]
 
@@ -141,8 +145,11 @@ def test_its_statistics_are_made_by_eval_and_saved(six_wide, run):
     torch.testing.assert_close(known.max, z.max(dim=0).values)
     torch.testing.assert_close(known.density, (z != 0).float().mean(dim=0))
     assert known.n_tokens == len(z) == cache.n_ordinary
+    (folder / "explanations").mkdir()
     again = bring_in(six_wide, run.path, name="a", overwrite=True)
     assert load_sae(again).statistics is None  # those were of the other one
+    left = {each.name for each in again.iterdir() if not each.name.startswith(".")}
+    assert left == {"cfg.json", "sae_weights.safetensors"}
 
 
 def test_a_comparison_asks_for_the_others_statistics(six_wide, run):
@@ -168,6 +175,12 @@ def test_an_imported_transcoder_is_measured_between_its_hooks(tmp_path):
     assert known.n_tokens == run.activations(HOOK).n_ordinary
 
 
+def test_a_boost_away_from_its_base_is_not_measured(run, tmp_path):
+    folder = bring_in(saved(random_sae("boost"), tmp_path / "ours"), run.path, name="a", hook=HOOK)
+    with pytest.raises(InputError, match="measured in the run that trained it"):
+        evaluate(folder, None, names=["density"])
+
+
 # Out
 
 
@@ -177,7 +190,8 @@ def test_a_dictionary_goes_out_and_comes_back(form, tmp_path):
     made, x = random_sae("topk"), torch.randn(16, 6)
     saved(made, tmp_path / "ours")
     assert sae("export", tmp_path / "ours", tmp_path / "out", "--format", form).exit_code == 0
-    assert sae("import", tmp_path / "out", tmp_path / "r", "--hook", "blocks.2.hook_resid_post").exit_code == 0
+    more = ("--hook", "blocks.2.hook_resid_post", "--model", "m")
+    assert sae("import", tmp_path / "out", tmp_path / "r", *more).exit_code == 0
     torch.testing.assert_close(load_sae(tmp_path / "r").encode(x), made.encode(x), atol=1e-5, rtol=1e-5)
     one_line(sae("export", tmp_path / "ours", tmp_path / "out", "--format", form), "expected a new or an empty folder")
 
@@ -221,7 +235,7 @@ def test_the_commands_in_the_page_work(tmp_path, monkeypatch):
     planted_store(tmp_path / "runs" / "mine" / "dictionaries" / "a", n_documents=20)
     (tmp_path / "runs" / "mine" / "run.json").write_text(json.dumps({"format": 1, "model": "planted", "corpus": "x"}))
     put(tmp_path / "layers.3", "sae.safetensors", SPARSIFY_CFG, **SPARSIFY)
-    about = {"trainer": {"dict_class": "BatchTopKSAE", "layer": 3}}
+    about = {"trainer": {"dict_class": "BatchTopKSAE", "layer": 3, "lm_name": "EleutherAI/pythia-70m"}}
     put(tmp_path / "trainer_0", "ae.pt", about, **DL_CASES["BatchTopKSAE"][0])
     gemma = put(tmp_path / "hub" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k", "params.npz", None, **GEMMA)
     monkeypatch.setattr("sae.interop.hub.fetch", lambda _: gemma)

@@ -248,6 +248,9 @@ def test_a_folder_that_is_none_says_what_one_has(tmp_path):
     for i in range(7):
         put(tmp_path / "many" / f"layers.{i}", "sae.safetensors", SPARSIFY_CFG, **SPARSIFY)
     refused(tmp_path / "many", r"holds 7 dictionaries: name one of layers.0, .*layers.4 and 2 more")
+    alone = put(tmp_path / "alone", "ae.pt", None, **DL_CASES["AutoEncoder"][0])
+    for place in (alone, alone / "ae.pt"):
+        refused(place, r"is no dictionary: expected .*config.json and ae.pt \(dictionary_learning\)")
     refused(tmp_path / "none", "is no run: expected a folder with run.json")
 
 
