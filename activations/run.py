@@ -47,7 +47,7 @@ class Run:
         """Open the run when it is there and agrees with `identity`, else make it.
 
         identity: model, revision, model_dtype, corpus, corpus_hash, context, n_tokens, and layout where it is not
-        "packed" (how the corpus is cut into sequences).
+        "packed" (how the corpus is cut into sequences). What a run that `start` made does not know yet becomes known.
         Raises InputError naming the first thing that differs.
         """
         identity = {**_DEFAULTS, **identity}
@@ -55,6 +55,8 @@ class Run:
         path = Path(path)
         if (path / "run.json").exists():
             run = cls.open(path)
+            if not run.is_begun:
+                return cls._write(path, {**run.meta, **identity})
             for key, value in identity.items():
                 if (made_with := run.meta.get(key, _DEFAULTS.get(key))) != value:
                     raise InputError(
@@ -62,10 +64,38 @@ class Run:
                         "use the same, or give the new run another folder."
                     )
             return run
+        return cls._write(path, identity)
+
+    @classmethod
+    def start(cls, path: str | Path) -> "Run":
+        """Open the run, or make one without model and text: a place for dictionaries from elsewhere."""
+        path = Path(path)
+        return cls.open(path) if (path / "run.json").exists() else cls._write(path, dict.fromkeys(_IDENTITY))
+
+    @classmethod
+    def _write(cls, path: Path, identity: dict[str, Any]) -> "Run":
         safe_name(path.resolve().name)
         provenance = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **versions()}
         write_json(path / "run.json", {"format": FORMAT, **identity, **provenance})
         return cls.open(path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has a model and a text by now."""
+        return self.meta.get("model") is not None
+
+    @property
+    def model_name(self) -> str:
+        """The model that it is of. Raises InputError when the run has none yet."""
+        if not self.is_begun:
+            raise self._not_begun()
+        return str(self.meta["model"])
+
+    def _not_begun(self) -> InputError:
+        return InputError(
+            f"{self.path} has no model and no activations yet: run `sae collect {self.path} --model M --hook H`, M and "
+            "H those of its dictionary."
+        )
 
     @property
     def has_text(self) -> bool:
@@ -81,6 +111,8 @@ class Run:
         """The cached activations of one hook; see `CachedActivations`. Raises InputError when they are missing."""
         if hook not in self.hooks():
             have = ", ".join(self.hooks()) or "none"
+            if not self.is_begun:
+                raise self._not_begun()
             raise InputError(
                 f"{self.path} has no activations at {hook!r} (it has: {have}): "
                 f"run `sae collect {self.path} --hook {hook}`."

@@ -112,7 +112,7 @@ def collect_vectors_run(
 
 def model_of(run: Run, *, device: str = "auto") -> Model:
     """The run's model, in its precision. Raises InputError when it cannot be loaded, or is another one by now."""
-    model = load_model(run.meta["model"], dtype=run.meta["model_dtype"], device=device)
+    model = load_model(run.model_name, dtype=run.meta["model_dtype"], device=device)
     if model.revision != run.meta["revision"]:
         raise InputError(
             f"{run.path} was made with revision {run.meta['revision']} of {run.meta['model']}, and what loads now is "

@@ -127,7 +127,7 @@ def plan_train(
         if not recipe.get("live") or hook in opened.hooks():
             cache = opened.activations(hook, roles=recipe.get("roles", ()))
         else:
-            model = str(opened.meta["model"])
+            model = opened.model_name
     width = cache.d_in if cache is not None else d_in or (_width(model) if model else None)
     if width is None:
         raise InputError("Nothing says how wide the activations are: give RUN, --d-in or --model.")

@@ -84,7 +84,7 @@ def index(
             cache = run.activations(sae.only_hook("An index"))
             if cache.d_in != sae.d_in:
                 raise InputError(f"{folder} takes rows of {sae.d_in} values, but {sae.hook} has {cache.d_in} here.")
-            model = load_model(run.meta["model"], dtype=run.meta["model_dtype"], device="cpu")
+            model = load_model(run.model_name, dtype=run.meta["model_dtype"], device="cpu")
             write_decoder(sae, model, scratch / "decoder.parquet")
             vocab = model.token_bytes()
             del model

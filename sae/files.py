@@ -1,5 +1,7 @@
 """A dictionary on disk: cfg.json + sae_weights.safetensors, which SAELens loads as they are if it has the class.
 
+Those of other tools are read by `sae.interop`.
+
 cfg.json is written last: a folder that has it is whole. `statistics.safetensors` beside them is ours.
 """
 
@@ -15,7 +17,6 @@ from torch import Tensor
 
 from activations.errors import InputError
 from activations.files import read_json, write_aside, write_json
-from activations.run import dictionary_folder
 from sae.base import SAE, ConfigError, Statistics, fields_from, rows_of
 from sae.registry import REGISTRY
 
@@ -24,6 +25,8 @@ _TRAINED = "trained_architecture"  # beside "architecture", where SAELens knows 
 _SAELENS = "6.54.12"  # whose form this is; without a version SAELens takes cfg.json for an older one and drops metadata
 # What SAELens writes for a dictionary that takes activations as the model has them; anything else is refused.
 _PLAIN = {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types that weights may have, as safetensors calls them."""
 _RESHAPES = ("none", "hook_z")  # of hook_z, SAELens takes rows with the heads apart, and joins them as ours are
 
 
@@ -41,9 +44,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
     with write_aside(folder / WEIGHTS) as aside:
         save_file(weights, aside)
     if sae.statistics is not None:
-        statistics = {name: torch.as_tensor(value).cpu() for name, value in sae.statistics._asdict().items()}
-        with write_aside(folder / STATISTICS) as aside:
-            save_file(statistics, aside)
+        save_statistics(sae.statistics, folder)
     fields = dataclasses.asdict(sae.cfg)
     fields |= {theirs: fields[ours] for ours, theirs in REGISTRY[sae.architecture].renamed.items()}
     trained = {_TRAINED: sae.architecture} if sae.saved_as != sae.architecture else {}
@@ -62,13 +63,26 @@ def save_sae(sae: SAE, folder: Path) -> None:
     )
 
 
+def save_statistics(statistics: Statistics, folder: Path) -> None:
+    """Save what is known of a dictionary's latents beside it."""
+    tensors = {name: torch.as_tensor(value).cpu() for name, value in statistics._asdict().items()}
+    with write_aside(folder / STATISTICS) as aside:
+        save_file(tensors, aside)
+
+
 def load_sae(address: str | Path, *, device: str = "cpu") -> SAE:
     """Load a dictionary from RUN (its only one), RUN/ID, or a folder with cfg.json and sae_weights.safetensors.
 
-    Folders that SAELens saved load too, for the architectures of `sae.registry`.
+    So do the folders and files of other tools, and names on the hub (`sae.interop.detect` tells them apart).
     Raises InputError for anything else; sizes are checked before memory is taken.
     """
-    folder = dictionary_folder(address)
+    from sae.interop import detect  # whose formats are saved by this module
+
+    return detect.read(detect.find(address)).to(device).requires_grad_(False).eval()
+
+
+def load_own(folder: Path) -> SAE:
+    """Load a folder that `save_sae` made, or SAELens where nothing has to be folded. Raises InputError."""
     cfg = read_json(folder / CFG)
     sae = _build(folder, cfg)
     try:
@@ -78,7 +92,7 @@ def load_sae(address: str | Path, *, device: str = "cpu") -> SAE:
         raise InputError(f"{folder} is damaged ({error}): train or copy the dictionary again.") from None
     sae.metadata = dict(cfg.get("metadata") or {})
     sae.folder = folder
-    return sae.to(device).requires_grad_(False).eval()
+    return sae
 
 
 def _build(folder: Path, cfg: Any) -> SAE:
@@ -102,7 +116,10 @@ def _build(folder: Path, cfg: Any) -> SAE:
         fields = {f.name: cfg[f.name] for f in dataclasses.fields(entry.config) if f.name in cfg}
         config = entry.config(**fields_from(fields))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(each.get_shape()) for key, each in headers.items()}
+            if odd := next((key for key, each in headers.items() if each.get_dtype() not in FLOATS), None):
+                raise ConfigError(f"{odd} is of type {headers[odd].get_dtype()}, expected one of {', '.join(FLOATS)}")
     except (TypeError, ConfigError) as error:
         raise InputError(f"{folder / CFG} is not a {name} dictionary's ({error}).") from None
     except (SafetensorError, OSError) as error:

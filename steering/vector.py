@@ -231,7 +231,7 @@ def _statistics(sae: SAE) -> Any:
     if sae.statistics is None:
         raise InputError(
             f"{address(sae)} has no statistics (statistics.safetensors), so its units max and norm are unknown: "
-            "train it with `sae train`, or use unit 'raw'."
+            f"run `sae eval {address(sae)}`, which takes them on cached activations, or use unit 'raw'."
         )
     return sae.statistics
 

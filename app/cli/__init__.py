@@ -24,6 +24,8 @@ _COMMANDS = {
     "steer": "Base and steered text side by side.",
     "families": "Find families of latents that fire together.",
     "retrieve": "Search a corpus by meaning, with latents of the query raised or lowered.",
+    "import": "Make a dictionary, or explanations, from elsewhere part of a run.",
+    "export": "Write a dictionary or its features for another tool.",
     "runs": "List runs with their sizes.",
     "clean": "Drop a run's activations and checkpoints.",
     "app": "Open the workbench in the browser.",
@@ -42,7 +44,8 @@ class _Commands(click.Group):
         del ctx
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"app.cli.{cmd_name}").command
+        module = "import_" if cmd_name == "import" else cmd_name  # which is no module's name
+        command: click.Command = importlib.import_module(f"app.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -81,7 +81,7 @@ def command(
     )
 
     def load() -> "Model":
-        return load_model(run.meta["model"], dtype=model_dtype or run.meta["model_dtype"], device=device)
+        return load_model(run.model_name, dtype=model_dtype or run.meta["model_dtype"], device=device)
 
     at = str(pick_device(device))
     if folder is None:

@@ -38,7 +38,8 @@ def command(folder: Path, as_json: bool) -> None:
     elif not rows:
         click.echo(f"No runs in {folder}. Make one with `sae demo`, or `sae collect {folder}/mine`.")
     for row in [] if as_json else rows:
-        click.echo(f"{row['run']}: {row['model']} on {row['corpus']}, {row['bytes'] / 1e6:,.0f} MB")
+        of = "no model yet" if row["model"] is None else f"{row['model']} on {row['corpus']}"
+        click.echo(f"{row['run']}: {of}, {row['bytes'] / 1e6:,.0f} MB")
         for hook, has in row["hooks"].items():
             state = "" if has["complete"] else f", unfinished: sae collect {row['run']} goes on"
             click.echo(f"  at {hook}: {has['rows']:,} rows, {has['bytes'] / 1e6:,.0f} MB{state}")

@@ -1,6 +1,6 @@
 """All metrics of one dictionary into eval.json. The table below says what there is, what each needs, and when it runs.
 
-Running one metric keeps the others' numbers.
+Running one metric keeps the others' numbers. A dictionary from elsewhere (`sae.interop.run`) gets its statistics first.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from activations.cache import SINK_FACTOR, Activations, CachedActivations
 from activations.errors import InputError
 from activations.files import read_json, write_json
+from activations.joined import Joined
 from activations.model import Model
 from activations.run import Run, dictionary_folder, versions
 from sae.base import SAE
@@ -31,9 +32,10 @@ from sae.evals.stability import stability
 from sae.evals.subject import Options, Other, Subject
 from sae.evals.truth import against_the_truth
 from sae.evals.universality import universality
-from sae.files import load_sae
+from sae.files import load_sae, save_statistics
 from sae.frozen import stitched
 from sae.rows import parts_read, rows_for
+from sae.statistics import latent_statistics
 from sae.train import begun_with
 
 EVAL = "eval.json"
@@ -135,6 +137,9 @@ def evaluate(
     device = str(model.device) if model is not None else device
     sae = load_sae(folder, device=device)
     measured = measured_on(folder, sae)
+    if sae.statistics is None:
+        sae.statistics = latent_statistics([sae], measured[0][2])[0]
+        save_statistics(sae.statistics, folder)
     subject = Subject(
         sae=sae,
         cache=parts_read(*measured[0][1:])[0],
@@ -171,7 +176,13 @@ def measured_on(folder: Path, sae: SAE) -> list[tuple[str, SAE, Activations]]:
     """
     run, settings = Run.open(folder.parent.parent), begun_with(folder)
     if settings is None:
-        raise InputError(f"{folder} has no train.json that says what it reads: train it with `sae train`.")
+        if sae.joint or sae.target == "error" or len(sae.hooks) > 1:
+            raise InputError(
+                f"{folder} has no train.json that says what else it reads: it is measured in the run that trained it."
+            )
+        outputs = sae.metadata.get("hook_names_out") or []
+        parts = [run.activations(hook) for hook in (sae.hook, *outputs)]
+        return [(sae.hook, sae, parts[0] if len(parts) == 1 else Joined(parts))]
     if settings.hooks and not sae.joint:
         return [(hook, sae.at(hook), run.activations(hook)) for hook in settings.hooks]
     if settings.base is not None:
@@ -224,13 +235,14 @@ def lacking(subject: Subject, name: str) -> str | None:
     return None
 
 
-def _cache_of(folder: Path) -> CachedActivations:
-    return Run.open(folder.parent.parent).activations(str(read_json(folder / "train.json")["hook"]))
-
-
 def _other(address: str | Path, device: str) -> Other:
     folder = dictionary_folder(address)
-    return Other(sae=load_sae(folder, device=device), cache=_cache_of(folder), name=str(address))
+    sae = load_sae(folder, device=device)
+    if sae.statistics is None:
+        raise InputError(f"{address} has no statistics yet: run `sae eval {address}` first.")
+    settings = begun_with(folder)
+    cache = Run.open(folder.parent.parent).activations(sae.hook if settings is None else settings.hook)
+    return Other(sae=sae, cache=cache, name=str(address))
 
 
 def _keep(path: Path, name: str, metrics: dict[str, Metric]) -> None:
