@@ -78,7 +78,7 @@ class State(NamedTuple):
     k: int | None = None
     """Active latents a token in this step while k is annealed; None: the config's."""
     penalty: Float[Tensor, ""] | float = 1.0
-    """What a sparsity penalty is multiplied by while it warms up."""
+    """How far a sparsity penalty has warmed up, from 0 to 1 (`sae.controller`)."""
     progress: Float[Tensor, ""] | float = 1.0
     """Share of the run's steps that are done with this one."""
     pre: Float[Tensor, "n d_sae"] | None = None

@@ -1,9 +1,10 @@
 """What holds a penalty at the L0 that was asked for: one coefficient, which follows L0.
 
-    loss = FVU + coefficient * penalty / target_l0        coefficient *= exp(0.01 log(L0 / target_l0)) each step
+    loss = FVU + coefficient * penalty / target_l0        coefficient *= exp(0.01 log(L0 / aim)) each step
 
-It rises while L0 is above the target and falls while it is below, so training ends at the target whatever the penalty:
-only that more of it means fewer active latents is used. A fixed weight turns this off.
+It rises while L0 is above the aim and falls while it is below, so training ends at the target whatever the penalty:
+only that more of it means fewer active latents is used. The aim is target_l0; over `sparsity_warmup` it falls to that
+from start_l0 times as much. A fixed weight turns this off, and is what warms up.
 """
 
 from dataclasses import dataclass
@@ -65,14 +66,21 @@ class Controller(nn.Module):
         self.register_buffer("coefficient", torch.tensor(start))
         self.register_buffer("last_l0", torch.tensor(float(cfg.target_l0)))
 
-    def term(self, penalty: Float[Tensor, ""], l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The penalty's part of the loss. l0: of the batch, which `follow` will look at."""
+    def term(
+        self, penalty: Float[Tensor, ""], l0: Float[Tensor, ""], warm: Float[Tensor, ""] | float
+    ) -> Float[Tensor, ""]:
+        """The penalty's part of the loss. l0: of the batch, which `follow` will look at. warm: `State.penalty`, by
+        which a fixed weight is multiplied."""
         self.last_l0.copy_(l0.detach())
-        return self.coefficient * penalty / self.cfg.target_l0
+        term = self.coefficient * penalty / self.cfg.target_l0
+        return term if self.cfg.weight is None else warm * term
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """After a step: move the coefficient towards what brings L0 to the target."""
-        if self.cfg.weight is None:
-            too_many = (self.last_l0 / self.cfg.target_l0).log().clamp(-1.0, 1.0)
+    def follow(self, warm: Float[Tensor, ""] | float) -> None:
+        """After a step: move the coefficient towards what brings L0 to the target, or while the penalty warms up to
+        where between `start_l0` and the target it is to be by now."""
+        cfg = self.cfg
+        if cfg.weight is None:
+            aim = cfg.target_l0 * cfg.start_l0 ** (1.0 - warm)
+            too_many = (self.last_l0 / aim).log().clamp(-1.0, 1.0)
             self.coefficient.mul_(torch.exp(RATE * too_many)).clamp_(1e-6, 1e2)

@@ -47,6 +47,10 @@ class Entry(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     resamplings: int = 0
     """How often dead latents are resampled in the first half of a run that does not say."""
+    k_from: float = 1.0
+    """k of the first step, in units of k, of a run that does not say."""
+    k_anneal: float = 0.1
+    """Share of a run over which k falls to its own, where it starts higher."""
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
 
@@ -57,7 +61,7 @@ REGISTRY: dict[str, Entry] = {
     "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
     "batchtopk": Entry(BatchTopKSAE, BatchTopKConfig, "jumprelu", sparsity="k", lr=1e-3),
     "batchabstopk": Entry(BatchAbsTopKSAE, BatchAbsTopKConfig, None, sparsity="k", lr=1e-3),
-    "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3),
+    "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3, k_from=3.0, k_anneal=0.5),
     "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
     "mutualchoice": Entry(MutualChoiceSAE, MutualChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
@@ -71,10 +75,10 @@ REGISTRY: dict[str, Entry] = {
         MatchingPursuitConfig,
         "matching_pursuit",
         sparsity="k",
-        lr=1e-3,
+        lr=2e-4,
         renamed={"k": "max_iterations"},
     ),
-    "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=1e-3),
+    "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=3e-4),
     "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
     "gba": Entry(GBASAE, GBAConfig, None, sparsity="target_l0", lr=1e-3),
     "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),

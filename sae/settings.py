@@ -47,11 +47,12 @@ class Training:
     clip: float = 1.0
     """Largest norm of the gradient."""
     k_from: int | None = None
-    """k-sparse dictionaries: k of the first step; it falls to k in a straight line over `k_anneal`."""
-    k_anneal: float = 0.1
-    """Share over which k falls from `k_from`."""
+    """k-sparse dictionaries: k of the first step, k itself for none that falls; None: the registry's multiple of k."""
+    k_anneal: float | None = None
+    """Share over which k falls from `k_from` in a straight line; None: as the registry says."""
     sparsity_warmup: float = 0.0
-    """Share over which a sparsity penalty rises from 0."""
+    """Share over which L0 falls to the target from the config's `start_l0` times as much; a fixed weight of the penalty
+    rises from 0 instead."""
     ema: float = 0.0
     """The dictionary saved is a running mean of the weights that keeps so much of itself each step; 0: the last."""
     dead_tokens: int | None = None
@@ -72,8 +73,8 @@ class Training:
             raise InputError(f"matmul={self.matmul!r} is unknown: expected one of {', '.join(MATMUL)}.")
         self._check_hooks()
         for name in ("warmup", "decay", "k_anneal", "sparsity_warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} is no share of the run: expected 0 to 1.")
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise InputError(f"{name}={share} is no share of the run: expected 0 to 1.")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema={self.ema} is out of range: expected 0 (off) to below 1, such as 0.999.")
         if not self.clip > 0 or (self.lr is not None and not self.lr > 0):
@@ -152,15 +153,24 @@ class Training:
         return peak * min(self._rise(step, self.warmup), fall)
 
     def penalty_at(self, step: int) -> float:
-        """What a sparsity penalty is multiplied by: from 0 up to 1."""
+        """How far a sparsity penalty has warmed up: from 0 up to 1."""
         return self._rise(step, self.sparsity_warmup)
+
+    @property
+    def first_k(self) -> int | None:
+        """k of the first step while it is annealed; None where it is not, or there is no k."""
+        times = REGISTRY[self.architecture].k_from
+        if self.k_from is not None or times == 1:
+            return self.k_from
+        return min(round(times * self.sizes["k"]), self.sizes["d_sae"])
 
     def k_at(self, step: int) -> int | None:
         """k of the step while it is annealed; None: the config's."""
-        span = self.k_anneal * self.n_steps
-        if self.k_from is None or step >= span:
+        share = REGISTRY[self.architecture].k_anneal if self.k_anneal is None else self.k_anneal
+        span, first = share * self.n_steps, self.first_k
+        if first is None or step >= span:
             return None
-        return round(self.k_from + (self.sizes["k"] - self.k_from) * step / span)
+        return round(first + (self.sizes["k"] - first) * step / span)
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents are resampled after this step."""

@@ -199,7 +199,12 @@ class Stepper:
         if key not in self._graphs:
             pool = next((graph.pool() for graph in self._graphs.values()), None)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # rows are loaded meanwhile
+            # cuBLAS works in memory that belongs to the stream of the recording: those that are replayed side by side
+            # (`sae.stack`) are each recorded on their own.
+            here = torch.cuda.current_stream(self.device)
+            own = None if here == torch.cuda.default_stream(self.device) else here
+            # thread_local: rows are loaded meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):
                 self._compute(self._rows, k, pre)
             self._graphs[key], self._terms_of[key] = graph, self.terms
         self._graphs[key].replay()

@@ -336,7 +336,7 @@ def _opened(
             at = partial(_at, run, sources, plan.roles)
             rows_at[plan.rows] = rows_for(plan, at)
         held = mesh.part(plan.config(width_read(plan, rows_at[plan.rows])).d_sae)
-        if (k := max(plan.sizes.get("k", 0), plan.k_from or 0)) > held.stop - held.start:
+        if (k := max(plan.sizes.get("k", 0), plan.first_k or 0)) > held.stop - held.start:
             raise InputError(
                 f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
             )

@@ -93,4 +93,4 @@ def test_the_example_of_options_trains_what_it_says(tmp_path):
     main([command, str(run.path), *options, *small], standalone_mode=False)
     (path,) = run.path.glob("dictionaries/*/cfg.json")
     cfg = json.loads(path.read_text())
-    assert (cfg["detach_inner"], cfg["prefixes"]) == (True, [32, 128, 512])
+    assert (cfg["detach_inner"], cfg["prefixes"]) == (False, [32, 128, 512])

@@ -62,7 +62,7 @@ class GatedSAE(SAE):
             l0 = mesh.mean_rows(mesh.sum_latents((z > 0).sum() / len(x)))
             terms = {"fvu": main.detach(), "aux": aux.detach(), "l0": l0}
             terms["coefficient"] = self.controller.coefficient.clone()
-            total = main + aux + state.penalty * self.controller.term(penalty, l0)
+            total = main + aux + self.controller.term(penalty, l0, state.penalty)
             return Loss(total, terms, gate.fired(z, self.n_held))
 
     def _magnitudes(self, gate: Entries) -> Float[Tensor, "..."]:
@@ -86,5 +86,4 @@ class GatedSAE(SAE):
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
-        del state
-        self.controller.follow()
+        self.controller.follow(state.penalty)

@@ -79,7 +79,7 @@ class JumpReLUSAE(SAE):
                 soft = torch.tanh(cfg.tanh_scale * z.float()).sum()
                 penalty = mesh.mean_rows(mesh.sum_latents(soft / len(x)))
             terms = {"fvu": main.detach(), "l0": l0.detach(), "coefficient": self.controller.coefficient.clone()}
-            total = main + state.penalty * self.controller.term(penalty, l0)
+            total = main + self.controller.term(penalty, l0, state.penalty)
             if cfg.dead_weight and state.dead is not None:
                 terms["below"] = (missing := self._missing(x, state.dead)).detach()
                 total = total + state.penalty * cfg.dead_weight / self.d_in * missing
@@ -99,6 +99,5 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
-        del state
         self.threshold.clamp_(min=0.0)
-        self.controller.follow()
+        self.controller.follow(state.penalty)

@@ -8,8 +8,9 @@ whole leaves over. Early latents learn general features, which later ones then h
 whole reaches all. `sort_by_frequency`: prefixes are of the latents that fire most, by a running mean; when training
 ends the latents are put in that order.
 Source: Bussmann, Nabeshima, Karvonen and Nanda 2025, arXiv:2503.17547; both options: Chanin 2026, "Letting Claude do
-autonomous research to improve SAEs", found on planted features. Differs: the loss is a mean, so that AuxK weighs the
-same whatever the number of prefixes.
+autonomous research to improve SAEs", found on planted features. Differs: both are on, and k starts three times as high
+(docs/benchmarks.md says what that is worth); the loss is a mean, so that AuxK weighs the same whatever the number of
+prefixes.
 """
 
 from collections.abc import Sequence
@@ -33,13 +34,13 @@ FREQUENCY_KEEPS = 0.99
 @dataclass(frozen=True, kw_only=True)
 class MatryoshkaConfig(BatchwiseConfig):
     prefixes: Sequence[int] = ()
-    """Latents in each inner prefix, ascending; (): d_sae / 32, / 8, / 4 and / 2. The whole is always the last; what is
-    not smaller is the whole too."""
+    """Latents in each inner prefix, ascending; (): d_sae / 32, / 16, / 8, / 4 and / 2. The whole is always the last;
+    what is not smaller is the whole too."""
     inner_weight: float = 1.0
     """Weight of each inner prefix' FVU; the whole's has 1."""
-    detach_inner: bool = False
+    detach_inner: bool = True
     """Whether an inner prefix trains only the block of latents that it adds to the one before."""
-    sort_by_frequency: bool = False
+    sort_by_frequency: bool = True
     """Whether prefixes are of the latents that fire most."""
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class MatryoshkaConfig(BatchwiseConfig):
     @property
     def levels(self) -> tuple[int, ...]:
         """m_1 < ... < m_J = d_sae."""
-        inner = self.prefixes or [self.d_sae // part for part in (32, 8, 4, 2)]
+        inner = self.prefixes or [self.d_sae // part for part in (32, 16, 8, 4, 2)]
         return (*sorted({m for m in inner if 0 < m < self.d_sae}), self.d_sae)
 
 

@@ -84,7 +84,7 @@ class StandardSAE(SAE):
             penalty = mesh.sum_rows(mesh.sum_latents(self._cost(costs, state.progress))) / (len(x) * mesh.n_rows)
             l0 = mesh.mean_rows(mesh.sum_latents((z > 0).sum() / len(x)))
             terms = {"fvu": main.detach(), "l0": l0, "coefficient": self.controller.coefficient.clone()}
-            total = main + state.penalty * self.controller.term(penalty, l0)
+            total = main + self.controller.term(penalty, l0, state.penalty)
             return Loss(total, terms, pre.fired(z, self.n_held))
 
     def _cost(self, costs: Float[Tensor, "..."], progress: Float[Tensor, ""] | float) -> Float[Tensor, ""]:
@@ -112,8 +112,7 @@ class StandardSAE(SAE):
 
     @torch.no_grad()
     def after_step(self, state: State) -> None:
-        del state
-        self.controller.follow()
+        self.controller.follow(state.penalty)
 
     @torch.no_grad()
     def unscale(self, scale: float) -> None:

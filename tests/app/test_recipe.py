@@ -142,18 +142,18 @@ def test_k_may_be_a_fraction_where_a_batch_shares_it_and_nowhere_else():
 
 
 def test_options_of_the_architecture_come_into_the_dictionary_and_back(path):
-    words = ["--arch", "matryoshka", "-o", "detach_inner=true", "--option", "prefixes=[8,16]", *given()]
+    words = ["--arch", "matryoshka", "-o", "detach_inner=false", "--option", "prefixes=[8,16]", *given()]
     run_command(path, "--name", "a", *words)
     folder = path / "dictionaries/a"
     cfg = json.loads((folder / "cfg.json").read_text())
-    assert (cfg["detach_inner"], cfg["prefixes"], cfg["sort_by_frequency"]) == (True, [8, 16], False)
+    assert (cfg["detach_inner"], cfg["prefixes"], cfg["sort_by_frequency"]) == (False, [8, 16], True)
     begun = begun_with(folder)
     assert begun is not None
     recipe = recipe_of(begun)
-    assert recipe["options"] == {"detach_inner": True, "prefixes": [8, 16]}
+    assert recipe["options"] == {"detach_inner": False, "prefixes": [8, 16]}
     again = training(recipe, hook=HOOK, d_in=16)
     assert again.sizes["prefixes"] == (8, 16)
-    assert recipe_of(again)["options"] == {"detach_inner": True, "prefixes": (8, 16)}
+    assert recipe_of(again)["options"] == {"detach_inner": False, "prefixes": (8, 16)}
 
     assert run_command(path, "--name", "a", *words)["finished_before"]
     assert run_command(path, "--name", "a", "--resume", "-o", "prefixes=[8,16]")["finished_before"]

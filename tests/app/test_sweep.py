@@ -148,7 +148,7 @@ def test_options_of_the_architecture_are_axes_and_cells_that_differ_in_them_have
         assert (cfg["prefixes"], cfg["detach_inner"], cfg["sort_by_frequency"]) == (prefixes, detach, True)
     weights = {(run.dictionary(name) / FILES[0]).read_bytes() for name in names}
     assert len(weights) == 4
-    assert "matryoshka 64, detach_inner True, prefixes [16, 32]" in curves_of(cells)
+    assert "matryoshka 64, detach_inner True, prefixes [16, 32]" in lines_of(points_in(of_cells(cells), "fvu"))
     assert sweep(run.path, grid)[1] == 4
     grid.write_text(text.replace("sort_by_frequency = true", "sort_by_frequency = false"))
     with pytest.raises(InputError, match="was begun with sizes="):

@@ -216,13 +216,14 @@ def test_inner_prefixes_train_their_own_block_alone_when_detached(detach):
     x = torch.randn(N, D)
     grads = {}
     for weight in (0.0, 1.0):
-        sae = small("matryoshka", prefixes=(8, 16, 32), inner_weight=weight, detach_inner=detach)
+        options = {"detach_inner": detach, "sort_by_frequency": False}
+        sae = small("matryoshka", prefixes=(8, 16, 32), inner_weight=weight, **options)
         (sae.loss(x, x, State()).total * (1 + 3 * weight)).backward()
         grads[weight] = sae.W_dec.grad
     inner = (grads[1.0] - grads[0.0]).norm(dim=1)
     assert (inner[32:] < 1e-6).all()
     assert (inner[:32] > 1e-6).any()
-    z_only_first = small("matryoshka", prefixes=(8,), inner_weight=1.0)
+    z_only_first = small("matryoshka", prefixes=(8,), sort_by_frequency=False)
     (z_only_first.loss(x, x, State()).total * 2).backward()
     first = z_only_first.W_dec.grad - grads[0.0]
     assert torch.allclose((grads[1.0] - grads[0.0])[:8], first[:8], atol=1e-6) == detach
@@ -293,7 +294,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line(config, changes, messag
 
 def test_prefixes_default_to_powers_and_end_in_the_whole():
     config = MatryoshkaConfig(d_in=D, d_sae=256, k=3)
-    assert config.levels == (8, 32, 64, 128, 256)
+    assert config.levels == (8, 16, 32, 64, 128, 256)
     assert dataclasses.replace(config, prefixes=[16, 64, 256, 512]).levels == (16, 64, 256)
     assert MatryoshkaConfig(d_in=D, d_sae=4, k=3).levels == (1, 2, 4)
 

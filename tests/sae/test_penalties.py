@@ -47,19 +47,28 @@ def by_hand(sae: SAE, **values: list[float]) -> SAE:
 
 def test_the_coefficient_rises_by_a_hundredth_of_the_log_distance_of_l0_and_falls_below_it():
     controller = Controller(PenaltyConfig(d_in=4, d_sae=100, target_l0=10), start=0.01)
-    assert controller.term(torch.tensor(3.0), torch.tensor(20.0)).item() == pytest.approx(0.01 * 3 / 10)
-    controller.follow()
+    assert controller.term(torch.tensor(3.0), torch.tensor(20.0), 1.0).item() == pytest.approx(0.01 * 3 / 10)
+    controller.follow(1.0)
     assert controller.coefficient.item() == pytest.approx(0.01 * 2**0.01)
-    controller.term(torch.tensor(3.0), torch.tensor(0.0))  # log 0: a step of at most 1 %
-    controller.follow()
+    controller.term(torch.tensor(3.0), torch.tensor(0.0), 1.0)  # log 0: a step of at most 1 %
+    controller.follow(1.0)
     assert controller.coefficient.item() == pytest.approx(0.01 * 2**0.01 * math.exp(-0.01))
 
 
-def test_a_fixed_weight_is_that_beside_the_squared_error_of_rows_of_norm_sqrt_d_in_and_stays():
+def test_while_it_warms_up_the_coefficient_follows_an_aim_that_falls_to_the_target():
+    controller = Controller(PenaltyConfig(d_in=4, d_sae=100, target_l0=10, start_l0=4.0), start=0.01)
+    for warm, aim in ((torch.tensor(0.0), 40.0), (torch.tensor(0.5), 20.0), (1.0, 10.0)):
+        assert controller.term(torch.tensor(3.0), torch.tensor(aim), warm).item() == pytest.approx(0.01 * 3 / 10)
+        controller.follow(warm)
+        assert controller.coefficient.item() == pytest.approx(0.01, rel=1e-5)
+
+
+def test_a_fixed_weight_is_that_beside_the_squared_error_of_rows_of_norm_sqrt_d_in_and_warms_up():
     controller = Controller(PenaltyConfig(d_in=4, d_sae=100, target_l0=10, weight=6.0), start=0.01)
-    assert controller.term(torch.tensor(3.0), torch.tensor(99.0)).item() == pytest.approx(6 / 4 * 3)
-    controller.follow()
-    assert controller.term(torch.tensor(3.0), torch.tensor(99.0)).item() == pytest.approx(6 / 4 * 3)
+    for warm in (0.25, 1.0, 1.0):
+        term = controller.term(torch.tensor(3.0), torch.tensor(99.0), warm)
+        assert term.item() == pytest.approx(warm * 6 / 4 * 3)
+        controller.follow(warm)
 
 
 @pytest.mark.parametrize(

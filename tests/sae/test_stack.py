@@ -187,3 +187,30 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(run, secon
     with pytest.raises(InputError, match=message):
         train_together(run, {"first": settings(), "second": second})
     assert not list(run.path.glob("dictionaries/*/train.json"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs that are replayed side by side are a GPU's")
+def test_side_by_side_on_a_gpu_they_end_as_those_that_were_alone():
+    """cuBLAS splits sums over many rows through memory that belongs to a stream: nobody may share it."""
+    rows = torch.randn(40, 2048, 576, generator=torch.Generator().manual_seed(0)).cuda()
+    kinds = ("jumprelu", "batchtopk", "matryoshka", "jumprelu", "batchtopk")
+
+    def made(architecture: str, seed: int) -> Stepper:
+        plan = settings(architecture, k=32, d_sae=4608, seed=seed, matmul="bfloat16", batch=2048, n_tokens=2048 * 200)
+        sae = REGISTRY[architecture].sae(plan.config(576))
+        sae.initialise(rows[0].cpu(), seed)
+        stepper = Stepper(sae.cuda(), plan, 1.0)
+        stepper._last_fired[:1000] = -(2048 * 1000)  # dead from the first count on, so that AuxK has work
+        stepper.recount()
+        return stepper
+
+    together, alone = ([made(kind, seed) for seed, kind in enumerate(kinds)] for _ in range(2))
+    everyone = Together(together)
+    for step in range(200):
+        everyone.step(rows[step % len(rows)])
+    for stepper in alone:
+        for step in range(200):
+            stepper.step(rows[step % len(rows)])
+    for ours, single in zip(together, alone, strict=True):
+        for name, parameter in ours.sae.named_parameters():
+            torch.testing.assert_close(parameter, single.sae.get_parameter(name), atol=1e-6, rtol=1e-5)
