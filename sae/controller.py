@@ -78,9 +78,10 @@ class Controller(nn.Module):
     @torch.no_grad()
     def follow(self, warm: Float[Tensor, ""] | float) -> None:
         """After a step: move the coefficient towards what brings L0 to the target, or while the penalty warms up to
-        where between `start_l0` and the target it is to be by now."""
+        where between its start and the target it is to be by now."""
         cfg = self.cfg
         if cfg.weight is None:
-            aim = cfg.target_l0 * cfg.start_l0 ** (1.0 - warm)
+            first = cfg.start_share * cfg.d_sae
+            aim = cfg.target_l0 * (first / cfg.target_l0) ** (1.0 - warm)
             too_many = (self.last_l0 / aim).log().clamp(-1.0, 1.0)
             self.coefficient.mul_(torch.exp(RATE * too_many)).clamp_(1e-6, 1e2)

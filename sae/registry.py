@@ -51,18 +51,20 @@ class Entry(NamedTuple):
     """k of the first step, in units of k, of a run that does not say."""
     k_anneal: float = 0.1
     """Share of a run over which k falls to its own, where it starts higher."""
+    sparsity_warmup: float = 0.0
+    """Share of a run over which L0 falls to its target, unless the penalty has a fixed weight."""
     renamed: Mapping[str, str] = MappingProxyType({})
     """Fields of the config that SAELens has under another name: cfg.json has both."""
 
 
 REGISTRY: dict[str, Entry] = {
     "topk": Entry(TopKSAE, TopKConfig, "topk", sparsity="k", lr=1e-3),
-    "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3),
+    "abstopk": Entry(AbsTopKSAE, AbsTopKConfig, "abstopk", sparsity="k", lr=1e-3, k_from=3.0, k_anneal=1.0),
     "groupmax": Entry(GroupMaxSAE, GroupMaxConfig, None, sparsity="k", lr=1e-3),
     "batchtopk": Entry(BatchTopKSAE, BatchTopKConfig, "jumprelu", sparsity="k", lr=1e-3),
     "batchabstopk": Entry(BatchAbsTopKSAE, BatchAbsTopKConfig, None, sparsity="k", lr=1e-3),
     "matryoshka": Entry(MatryoshkaSAE, MatryoshkaConfig, "jumprelu", sparsity="k", lr=1e-3, k_from=3.0, k_anneal=0.5),
-    "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=2e-3),
+    "jumprelu": Entry(JumpReLUSAE, JumpReLUConfig, "jumprelu", sparsity="target_l0", lr=1.4e-3, sparsity_warmup=0.8),
     "msae": Entry(MSAE, MSAEConfig, None, sparsity="k", lr=1e-3),
     "mutualchoice": Entry(MutualChoiceSAE, MutualChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
     "featurechoice": Entry(FeatureChoiceSAE, FeatureChoiceConfig, "jumprelu", sparsity="k", lr=1e-3),
@@ -79,7 +81,7 @@ REGISTRY: dict[str, Entry] = {
         renamed={"k": "max_iterations"},
     ),
     "standard": Entry(StandardSAE, StandardConfig, "standard", sparsity="target_l0", lr=3e-4),
-    "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3),
+    "gated": Entry(GatedSAE, GatedConfig, "gated", sparsity="target_l0", lr=1e-3, sparsity_warmup=0.8),
     "gba": Entry(GBASAE, GBAConfig, None, sparsity="target_l0", lr=1e-3),
     "transcoder": Entry(TranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),
     "skip_transcoder": Entry(SkipTranscoderSAE, TranscoderConfig, None, sparsity="k", lr=1e-3),

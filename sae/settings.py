@@ -50,9 +50,9 @@ class Training:
     """k-sparse dictionaries: k of the first step, k itself for none that falls; None: the registry's multiple of k."""
     k_anneal: float | None = None
     """Share over which k falls from `k_from` in a straight line; None: as the registry says."""
-    sparsity_warmup: float = 0.0
+    sparsity_warmup: float | None = None
     """Share over which L0 falls to the target from the config's `start_l0` times as much; a fixed weight of the penalty
-    rises from 0 instead."""
+    rises from 0 instead. None: as the registry says, 0 with a fixed weight."""
     ema: float = 0.0
     """The dictionary saved is a running mean of the weights that keeps so much of itself each step; 0: the last."""
     dead_tokens: int | None = None
@@ -154,7 +154,10 @@ class Training:
 
     def penalty_at(self, step: int) -> float:
         """How far a sparsity penalty has warmed up: from 0 up to 1."""
-        return self._rise(step, self.sparsity_warmup)
+        share = self.sparsity_warmup
+        if share is None:
+            share = 0.0 if self.sizes.get("weight") is not None else REGISTRY[self.architecture].sparsity_warmup
+        return self._rise(step, share)
 
     @property
     def first_k(self) -> int | None:

@@ -15,6 +15,7 @@ from tests.tiny import planted_rows, planted_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 ARCHITECTURES = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
 
 
@@ -94,3 +95,21 @@ def test_the_example_of_options_trains_what_it_says(tmp_path):
     (path,) = run.path.glob("dictionaries/*/cfg.json")
     cfg = json.loads(path.read_text())
     assert (cfg["detach_inner"], cfg["prefixes"]) == (False, [32, 128, 512])
+
+
+def test_the_table_of_recipes_has_every_default_that_is_not_the_usual_one():
+    from sae.base import FittedSAE
+    from sae.registry import REGISTRY
+
+    expected = {}
+    for name, entry in REGISTRY.items():
+        start, until = "-", "-"
+        if entry.sparsity_warmup:
+            start = next(f"{field.default:g}" for field in dataclasses.fields(entry.config) if field.name == "start_l0")
+            until = f"{entry.sparsity_warmup:g}"
+        elif entry.k_from != 1:
+            start, until = f"{entry.k_from:g}", f"{entry.k_anneal:g}"
+        if (entry.lr, start) != (1e-3, "-") and not issubclass(entry.sae, FittedSAE):
+            expected[name] = (f"{entry.lr:g}", start, until)
+    found = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \|$", RECIPES, flags=re.M)
+    assert {name: tuple(rest) for name, *rest in found} == expected

@@ -36,14 +36,18 @@ from app.cli.options import COUNT, SHARE, device_option, field_of, gpus_option, 
 @click.option("--warmup", type=SHARE, show_default="0.05", help="Share of the run over which the rate rises.")
 @click.option("--decay", type=SHARE, show_default="0.2", help="Share of the run over which it falls to 0 at the end.")
 @click.option("--clip", type=float, show_default="1.0", help="Largest norm of the gradient.")
-@click.option("--k-from", type=COUNT, show_default="k; matryoshka: 3 k", help="Active latents a token at first.")
+@click.option(
+    "--k-from", type=COUNT, show_default="k; abstopk, matryoshka: 3 k", help="Active latents a token at first."
+)
 @click.option(
     "--k-anneal",
     type=SHARE,
-    show_default="0.1; matryoshka: 0.5",
+    show_default="0.1; abstopk: 1; matryoshka: 0.5",
     help="Share over which they fall from --k-from to -k.",
 )
-@click.option("--sparsity-warmup", type=SHARE, show_default="0.0", help="Share over which a penalty warms up.")
+@click.option(
+    "--sparsity-warmup", type=SHARE, show_default="0; jumprelu, gated: 0.8", help="Share over which a penalty warms up."
+)
 @click.option("--ema", type=float, show_default="0.0", help="Save a running mean that keeps so much of itself a step.")
 @click.option(
     "--dead-after", type=COUNT, show_default="a tenth of the run", help="Tokens without firing: a latent is dead."

@@ -31,6 +31,8 @@ from sae.sparse import Ragged, to_table
 class GatedConfig(PenaltyConfig):
     """d_in, d_sae, target_l0, weight and start_l0."""
 
+    start_l0: float = 5.0
+
 
 class GatedSAE(SAE):
     architecture = "gated"

@@ -33,6 +33,7 @@ LOSSES = ("step", "tanh")
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUConfig(PenaltyConfig):
+    start_l0: float = 5.0
     bandwidth: float = 1.5
     """Width of the window around the threshold in which the step has a gradient; activations have norm sqrt(d_in)."""
     loss: str = "step"

@@ -73,16 +73,17 @@ whatever their parent's; full: as many latents as features."""
 
 def run_world(args: argparse.Namespace, preset: Preset, seed: int) -> Iterator[Fields]:
     """Train all dictionaries of one world, and judge them."""
+    alike: dict[int, list[tuple[str, Training]]] = {}  # before the world, which takes a while to build
+    for name in args.ours:
+        for own in args.seeds:
+            plan = plan_of(name, preset, preset.n_samples, own, args.device)
+            plan.config(preset.world.d_in)
+            alike.setdefault(plan.batch, []).append((name, plan))
     began = time.perf_counter()
     world = dataclasses.replace(preset.world, seed=seed)
     samples = Samples(world, args.device, saelens=args.judge == "saelens", sampler=args.sampler)
     first = torch.cat([x for x, _ in samples.draw(FIRST_ROWS, 1024, seed=1_000_000 + seed)])
     note(f"world {seed}: built in {time.perf_counter() - began:.0f} s")
-    alike: dict[int, list[tuple[str, Training]]] = {}
-    for name in args.ours:
-        for own in args.seeds:
-            plan = plan_of(name, preset, preset.n_samples, own, args.device)
-            alike.setdefault(plan.batch, []).append((name, plan))
     groups: list[Group] = [Ours(plans, first) for plans in alike.values()]
     groups += [Theirs(name, preset, preset.n_samples, own, args.device) for name in args.peers for own in args.seeds]
     seconds = train(args, samples, groups, preset.n_samples, seed)

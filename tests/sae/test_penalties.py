@@ -320,8 +320,8 @@ def test_resampled_gated_latents_begin_with_biases_of_nothing():
         ("standard", {}),
         ("standard", {"rows": "free"}),
         ("standard", {"p_end": 0.2}),
-        ("gated", {}),
-        ("jumprelu", {"loss": "tanh", "bandwidth": 2.0}),
+        ("gated", {"start_l0": 1.5}),
+        ("jumprelu", {"start_l0": 1.5, "loss": "tanh", "bandwidth": 2.0}),
     ],
 )
 def test_training_ends_at_the_l0_that_was_asked_for_with_the_planted_directions(tmp_path, architecture, changes):

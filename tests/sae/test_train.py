@@ -117,7 +117,9 @@ def test_statistics_are_those_of_the_latents(run):
             "cfg.json says",
         ),
         (
-            lambda f: (f / "cfg.json").write_text((f / "cfg.json").read_text().replace('"none"', '"expected_average_only_in"', 1)),
+            lambda f: (f / "cfg.json").write_text(
+                (f / "cfg.json").read_text().replace('"none"', '"expected_average_only_in"', 1)
+            ),
             "folded in first",
         ),
     ],
