@@ -173,7 +173,7 @@ class Training:
         span, first = share * self.n_steps, self.first_k
         if first is None or step >= span:
             return None
-        return round(first + (self.sizes["k"] - first) * step / span)
+        return round(first + (self.sizes["k"] - first) * step / max(math.ceil(span) - 1, 1))  # k at the last of them
 
     def resamples_at(self, step: int) -> bool:
         """Whether dead latents are resampled after this step."""

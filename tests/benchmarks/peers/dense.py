@@ -47,10 +47,15 @@ class Trainer(Peer):
             self.last_fired[(z != 0).any(dim=0)] = self.done
             if self.setting.arch == "jumprelu":
                 self.parameters["threshold"].clamp_(min=0.0)
-                too_many = ((z != 0).sum() / len(z) / self.setting.k).log().clamp(-1.0, 1.0)
+                too_many = ((z != 0).sum() / len(z) / self._aim()).log().clamp(-1.0, 1.0)
                 self.coefficient = (self.coefficient * (0.01 * too_many).exp()).clamp(1e-6, 1e2)
         if self.done % LOG_EVERY == 0:
             self._count_dead()
+
+    def _aim(self) -> float:
+        """L0 that the coefficient follows, of the step just done."""
+        k, first = self.setting.k, self.cfg.start_share * self.setting.d_sae  # type: ignore[attr-defined]
+        return k * (first / k) ** (1.0 - self.training.penalty_at(self.done - 1))
 
     def _pre(self, x: Tensor) -> Tensor:
         return (x - self.parameters["b_dec"]) @ self.parameters["W_enc"] + self.parameters["b_enc"]
