@@ -11,6 +11,7 @@ from data.store.open import Store as Store
 from data.store.open import open_store as open_store
 from data.store.schema import DETECTION as DETECTION
 from data.store.schema import POLES as POLES
+from data.store.schema import QUANTILES as QUANTILES
 from data.store.schema import SOURCES as SOURCES
 from data.store.schema import Example as Example
 from data.store.schema import Explanation as Explanation
@@ -18,6 +19,8 @@ from data.store.schema import Feature as Feature
 from data.store.schema import FeatureRow as FeatureRow
 from data.store.schema import Neighbour as Neighbour
 from data.store.schema import Page as Page
+from data.store.schema import PositionBin as PositionBin
+from data.store.schema import Profile as Profile
 from data.store.schema import Score as Score
 from data.store.schema import Summary as Summary
 from data.store.schema import TokenCount as TokenCount

@@ -24,6 +24,8 @@ from data.store.schema import (
     FeatureRow,
     Neighbour,
     Page,
+    PositionBin,
+    Profile,
     Score,
     Summary,
     TokenCount,
@@ -42,6 +44,7 @@ _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"
 )
+_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means"
 _EXAMPLE = "feature, pole, kind, band, rank, doc, start, split, token_ids, acts, peak, peak_index"
 
 
@@ -209,6 +212,26 @@ def feature(store: "Store", number: int) -> Feature:
         values[name] = [TokenCount(**entry) for entry in values[name]]
     values["neighbours"] = [Neighbour(**entry) for entry in values["neighbours"]]
     return Feature(**values, explanations=explanations(store, [number]), scores=scores(store, [number]))
+
+
+def profile(store: "Store", number: int) -> Profile | None:
+    """See `Store.profile`."""
+    _check_number(store, number)
+    rows = store.query(f"SELECT {_PROFILE} FROM profiles WHERE feature = ?", [number])
+    if not rows:
+        return None
+    values = dict(zip(_names(_PROFILE), rows[0], strict=True))
+    for name in ("strong_tokens", "weak_tokens"):
+        values[name] = [TokenCount(**entry) for entry in values[name]]
+    bins = store.query('SELECT "first", "last", n_tokens FROM positions ORDER BY bin')
+    fired = zip(bins, values.pop("position_counts"), values.pop("position_means"), strict=True)
+    return Profile(
+        **values,
+        positions=[
+            PositionBin(first=first, last=last, n_tokens=n, n_active=n_active, mean=mean)
+            for (first, last, n), n_active, mean in fired
+        ],
+    )
 
 
 def features(store: "Store", *, alive_only: bool) -> list[int]:
