@@ -1,8 +1,8 @@
 """Builds a dictionary's feature store from the activations that its run has cached: no forward pass of the model.
 
 What needs the text goes to Parquet (the codes of the ordinary tokens, and the tokens) for `data.store.build_store`,
-which computes every statistic and example from it. What needs only weights is computed here, in pieces that fit in
-memory:
+which computes every statistic and example from it, but for which latents fire together (`autointerp.coactive`). What
+needs only weights is computed here, in pieces that fit in memory:
 - logit lens: W_dec @ W_U, with W_U centred over the vocabulary and the final norm's gain folded in;
 - neighbours: the decoder rows of largest cosine, of largest |cosine| for signed latents, whose sign is a convention.
 
@@ -28,6 +28,7 @@ from activations.cache import CachedActivations
 from activations.files import lock
 from activations.model import pick_device
 from activations.run import Run, dictionary_folder
+from autointerp.coactive import coactive_columns
 from data.store import build_store
 from data.store.schema import STORE_FILE
 from sae import SAE, load_sae
@@ -89,14 +90,16 @@ def index(
             vocab = model.token_bytes()
             del model
             write_codes(sae, cache, scratch, batch=batch, n_tokens=n_tokens)
+            codes, tokens = scratch / "codes.parquet", scratch / "tokens.parquet"
+            coactive, n_counted = coactive_columns(codes, tokens, sae.d_sae)
             return build_store(
                 target,
-                codes=[scratch / "codes.parquet"],
-                tokens=[scratch / "tokens.parquet"],
+                codes=[codes],
+                tokens=[tokens],
                 n_features=sae.d_sae,
                 vocab=vocab,
-                meta=_meta(run, sae, folder),
-                per_feature=scratch / "decoder.parquet",
+                meta={**_meta(run, sae, folder), "coactivation_tokens": str(n_counted)},
+                per_feature=_joined(scratch / "decoder.parquet", coactive),
             )
         except OSError as error:
             raise InputError(f"{folder} could not be indexed: {error}.") from error
@@ -255,6 +258,14 @@ def _neighbour_columns(W_dec: Tensor, pieces: list[tuple[int, int]], *, signed: 
             "feature": pa.array(range(first, last), pa.int32()),
             "neighbours": _structs("feature", found, "cosine", cosines),
         }
+
+
+def _joined(path: Path, columns: dict[str, pa.Array]) -> pa.Table:
+    """A Parquet file with more columns, a row a latent as it has."""
+    table = pq.read_table(path)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def _lists(values: np.ndarray) -> pa.Array:

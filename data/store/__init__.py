@@ -13,6 +13,7 @@ from data.store.schema import DETECTION as DETECTION
 from data.store.schema import POLES as POLES
 from data.store.schema import QUANTILES as QUANTILES
 from data.store.schema import SOURCES as SOURCES
+from data.store.schema import Coactive as Coactive
 from data.store.schema import Example as Example
 from data.store.schema import Explanation as Explanation
 from data.store.schema import Feature as Feature

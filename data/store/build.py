@@ -38,6 +38,12 @@ from data.store.errors import StoreError
 from data.store.files import sync
 from data.store.schema import QUANTILES, SCHEMA_VERSION, TABLES, create_tables, now
 
+GIVEN = {
+    "features": ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours"),
+    "profiles": ("by_jaccard", "by_phi"),
+}
+"""Columns that the caller of `build_store` may give, by table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
@@ -93,8 +99,8 @@ def build_store(
     tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
     consecutive and its positions count from 0.
     vocab: the bytes of token id 0, 1, ...
-    per_feature: what comes from the decoder, as Parquet or table: feature and any of top_logits, bottom_logits,
-    logit_edges, logit_counts, neighbours (types as in `schema.TABLES`); features that are not in it get empty lists.
+    per_feature: what is not computed here, as Parquet or table: feature and any of the columns `GIVEN` (types as in
+    `schema.TABLES`); features that are not in it get empty lists.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
 
     One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
@@ -126,6 +132,11 @@ def build_store(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _nothing(kind: str) -> str:
+    """What stands for a value of this type that was not given."""
+    return "[]" if kind.endswith("[]") else "NULL"
 
 
 @contextmanager
@@ -220,13 +231,15 @@ class _Build:
             self.unit = 2.0 ** (math.frexp(largest)[1] - 40)
 
     def read_decoder(self, per_feature: Path | pa.Table | None) -> None:
-        """What the caller computed from the decoder, with the columns that it left out."""
+        """What the caller computed, with the columns that it left out."""
         table = pq.read_table(per_feature) if isinstance(per_feature, Path) else per_feature
         if table is None:
             table = pa.table({"feature": pa.array([], pa.int32())})
         columns = ", ".join(
-            f"{name if name in table.column_names else '[]'}::{TABLES['features'][name]} AS {name}"
-            for name in ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours")
+            f"{name if name in table.column_names else _nothing(kind)}::{kind} AS {name}"
+            for part, names in GIVEN.items()
+            for name in names
+            for kind in [TABLES[part][name]]
         )
         self.sql.register("given", table)
         self.sql.execute(f"CREATE TABLE work.decoder AS SELECT feature::INTEGER AS feature, {columns} FROM given")
@@ -398,9 +411,11 @@ places AS (
     SELECT feature, list(coalesce(n, 0) ORDER BY bin) AS counts,
            list(coalesce(total::DOUBLE * $unit / n, 0) ORDER BY bin) AS means
     FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature)
-SELECT feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means
+SELECT places.feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means,
+       coalesce(by_jaccard, []), coalesce(by_phi, [])
 FROM places
-LEFT JOIN moments USING (feature)
+LEFT JOIN work.decoder AS decoder ON decoder.feature = places.feature
+LEFT JOIN moments ON moments.feature = places.feature
 LEFT JOIN favourites AS plus ON plus.feature = places.feature AND plus.positive
 LEFT JOIN favourites AS minus ON minus.feature = places.feature AND NOT minus.positive
 ORDER BY places.feature

@@ -114,7 +114,7 @@ class Store:
         return read.feature(self, feature)
 
     def profile(self, feature: int) -> Profile | None:
-        """Quantiles, tokens and positions of one feature; None when an older version made the store."""
+        """Quantiles, tokens, positions and company of one feature; None when an older version made the store."""
         return read.profile(self, feature)
 
     def features(self, *, alive_only: bool = True) -> list[int]:

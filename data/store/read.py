@@ -18,6 +18,7 @@ from data.store.errors import StoreError
 from data.store.schema import (
     DETECTION,
     SOURCES,
+    Coactive,
     Example,
     Explanation,
     Feature,
@@ -44,7 +45,7 @@ _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"
 )
-_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means"
+_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi"
 _EXAMPLE = "feature, pole, kind, band, rank, doc, start, split, token_ids, acts, peak, peak_index"
 
 
@@ -223,6 +224,8 @@ def profile(store: "Store", number: int) -> Profile | None:
     values = dict(zip(_names(_PROFILE), rows[0], strict=True))
     for name in ("strong_tokens", "weak_tokens"):
         values[name] = [TokenCount(**entry) for entry in values[name]]
+    for name in ("by_jaccard", "by_phi"):
+        values[name] = [Coactive(**entry) for entry in values[name]]
     bins = store.query('SELECT "first", "last", n_tokens FROM positions ORDER BY bin')
     fired = zip(bins, values.pop("position_counts"), values.pop("position_means"), strict=True)
     return Profile(

@@ -182,6 +182,21 @@ class Feature:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coactive:
+    """Another latent that fires on the same tokens; of a sample of them (`coactivation_tokens` of the store's meta)."""
+
+    feature: int
+    n: int
+    """Tokens on which both fire."""
+    jaccard: float
+    """Those as a share of the tokens on which either fires."""
+    chance: float
+    """That share if the two fired as often but independently."""
+    phi: float
+    """Correlation of the two firing or not, -1 to 1; 0 by chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionBin:
     """Some positions in a context, and how one latent fires on them."""
 
@@ -206,6 +221,9 @@ class Profile:
     """The tokens of largest mean value of the positive pole, and of lowest of the negative one, among those with 3 or
     more firings."""
     positions: list[PositionBin]
+    by_jaccard: list[Coactive]
+    by_phi: list[Coactive]
+    """The latents that fire together with it most, by either measure; those that meet it on 5 tokens or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +305,8 @@ class Summary:
     """Ordinary tokens that the index read."""
 
 
+_COACTIVE = "STRUCT(feature INTEGER, n BIGINT, jaccard FLOAT, chance FLOAT, phi FLOAT)"
+
 TABLES: dict[str, dict[str, str]] = {
     "meta": {"key": "VARCHAR", "value": "VARCHAR"},
     "vocab": {"id": "INTEGER", "bytes": "BLOB"},
@@ -341,6 +361,8 @@ TABLES: dict[str, dict[str, str]] = {
         "weak_tokens": "STRUCT(id INTEGER, n BIGINT, share FLOAT, mean FLOAT)[]",
         "position_counts": "BIGINT[]",
         "position_means": "FLOAT[]",
+        "by_jaccard": f"{_COACTIVE}[]",
+        "by_phi": f"{_COACTIVE}[]",
     },
 }
 """The tables of `features.duckdb`: column names and types, in order."""
