@@ -4,7 +4,8 @@ What needs the text goes to Parquet (the codes of the ordinary tokens, and the t
 which computes every statistic and example from it, but for which latents fire together (`autointerp.coactive`). What
 needs only weights is computed here, in pieces that fit in memory:
 - logit lens: W_dec @ W_U, with W_U centred over the vocabulary and the final norm's gain folded in;
-- neighbours: the decoder rows of largest cosine, of largest |cosine| for signed latents, whose sign is a convention.
+- neighbours: the decoder rows of largest cosine, of largest |cosine| for signed latents, whose sign is a convention;
+- a map and clusters of the decoder rows (`autointerp.decoder_map`).
 
 The surprise: the model is loaded for its unembedding and vocabulary alone, and let go before the codes are made.
 Source of the lens: nostalgebraist 2020, "interpreting GPT: the logit lens".
@@ -29,6 +30,7 @@ from activations.files import lock
 from activations.model import pick_device
 from activations.run import Run, dictionary_folder
 from autointerp.coactive import coactive_columns
+from autointerp.decoder_map import map_columns
 from data.store import build_store
 from data.store.schema import STORE_FILE
 from sae import SAE, load_sae
@@ -92,14 +94,20 @@ def index(
             write_codes(sae, cache, scratch, batch=batch, n_tokens=n_tokens)
             codes, tokens = scratch / "codes.parquet", scratch / "tokens.parquet"
             coactive, n_counted = coactive_columns(codes, tokens, sae.d_sae)
+            places, variance = map_columns(sae.W_dec.detach(), signed=sae.signed)
             return build_store(
                 target,
                 codes=[codes],
                 tokens=[tokens],
                 n_features=sae.d_sae,
                 vocab=vocab,
-                meta={**_meta(run, sae, folder), "coactivation_tokens": str(n_counted)},
-                per_feature=_joined(scratch / "decoder.parquet", coactive),
+                meta={
+                    **_meta(run, sae, folder),
+                    "coactivation_tokens": str(n_counted),
+                    "map": "principal components of the decoder rows",
+                    "map_variance": f"{variance:.4f}",
+                },
+                per_feature=_joined(scratch / "decoder.parquet", coactive | places),
             )
         except OSError as error:
             raise InputError(f"{folder} could not be indexed: {error}.") from error

@@ -23,6 +23,7 @@ from data.store.schema import (
     Example,
     Explanation,
     Feature,
+    Map,
     Page,
     Profile,
     Score,
@@ -114,8 +115,12 @@ class Store:
         return read.feature(self, feature)
 
     def profile(self, feature: int) -> Profile | None:
-        """Quantiles, tokens, positions and company of one feature; None when an older version made the store."""
+        """Quantiles, tokens, positions, company and place of one feature; None when an older version made the store."""
         return read.profile(self, feature)
+
+    def map(self, *, alive_only: bool = True) -> Map:
+        """Where the decoder rows lie in two dimensions; empty when an older version made the store."""
+        return read.map_of(self, alive_only=alive_only)
 
     def features(self, *, alive_only: bool = True) -> list[int]:
         """The numbers of all features, in order; by default of those that fired."""

@@ -23,6 +23,7 @@ from data.store.schema import (
     Explanation,
     Feature,
     FeatureRow,
+    Map,
     Neighbour,
     Page,
     PositionBin,
@@ -45,7 +46,7 @@ _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"
 )
-_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi"
+_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi, x, y, cluster"
 _EXAMPLE = "feature, pole, kind, band, rank, doc, start, split, token_ids, acts, peak, peak_index"
 
 
@@ -235,6 +236,17 @@ def profile(store: "Store", number: int) -> Profile | None:
             for (first, last, n), n_active, mean in fired
         ],
     )
+
+
+def map_of(store: "Store", *, alive_only: bool) -> Map:
+    """See `Store.map`."""
+    rows = store.query(
+        """SELECT feature, x, y, cluster, density FROM profiles JOIN store.features USING (feature)
+        WHERE x IS NOT NULL AND (alive OR NOT ?) ORDER BY feature""",
+        [alive_only],
+    )
+    feature, x, y, cluster, density = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [], [])
+    return Map(feature=feature, x=x, y=y, cluster=cluster, density=density)
 
 
 def features(store: "Store", *, alive_only: bool) -> list[int]:

@@ -224,6 +224,22 @@ class Profile:
     by_jaccard: list[Coactive]
     by_phi: list[Coactive]
     """The latents that fire together with it most, by either measure; those that meet it on 5 tokens or more."""
+    x: float | None
+    y: float | None
+    """Place of its decoder row on a map of all of them: principal components of the rows at norm 1."""
+    cluster: int | None
+    """Cluster of decoder rows that point the same way; 0 is the largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """The places of all latents that have one, in the same order."""
+
+    feature: list[int]
+    x: list[float]
+    y: list[float]
+    cluster: list[int]
+    density: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +379,9 @@ TABLES: dict[str, dict[str, str]] = {
         "position_means": "FLOAT[]",
         "by_jaccard": f"{_COACTIVE}[]",
         "by_phi": f"{_COACTIVE}[]",
+        "x": "FLOAT",
+        "y": "FLOAT",
+        "cluster": "INTEGER",
     },
 }
 """The tables of `features.duckdb`: column names and types, in order."""

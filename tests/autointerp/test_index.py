@@ -140,6 +140,26 @@ def test_every_number_of_a_signed_dictionary_is_that_of_the_rows(make_run: MakeR
     ]
 
 
+def test_what_fires_together_and_where_it_lies_is_in_the_store(make_run: MakeRun) -> None:
+    fires = ordinary().abs().numpy() > 0.5
+    with open_store(index(make_run(signed=True)).parent) as store:
+        assert store.meta["coactivation_tokens"] == store.meta["n_tokens"]
+        assert 0 < float(store.meta["map_variance"]) < 1
+        for number in range(D):
+            profile = store.profile(number)
+            assert profile is not None
+            together = {pair.feature: pair.n for pair in profile.by_jaccard}
+            others = [j for j in range(D) if j != number]
+            counts = {j: int((fires[:, number] & fires[:, j]).sum()) for j in others}
+            assert together == {j: n for j, n in counts.items() if n >= 5}
+            assert sum(each.n_active for each in profile.positions) == fires[:, number].sum()
+            assert profile.cluster in range(3)  # sqrt(8) of them
+        places = store.map(alive_only=False)
+        assert places.feature == list(range(D))
+        assert (places.x[3], places.cluster[3]) == (store.profile(3).x, store.profile(3).cluster)  # type: ignore[union-attr]
+        assert store.map().feature == list(range(D - 1))
+
+
 def test_an_unsigned_dictionary_has_positive_values_only(make_run: MakeRun) -> None:
     with open_store(index(make_run()).parent) as store:
         assert not store.signed

@@ -96,3 +96,4 @@ def test_a_store_of_schema_1_opens_and_says_that_it_has_no_profiles(tmp_path: Pa
     with open_store(folder) as store:
         assert (store.feature(3), store.examples(3)) == before
         assert store.profile(3) is None
+        assert store.map().feature == []
