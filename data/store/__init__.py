@@ -18,6 +18,7 @@ from data.store.schema import Example as Example
 from data.store.schema import Explanation as Explanation
 from data.store.schema import Feature as Feature
 from data.store.schema import FeatureRow as FeatureRow
+from data.store.schema import LossEffect as LossEffect
 from data.store.schema import Map as Map
 from data.store.schema import Neighbour as Neighbour
 from data.store.schema import Page as Page

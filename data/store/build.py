@@ -40,7 +40,7 @@ from data.store.schema import QUANTILES, SCHEMA_VERSION, TABLES, create_tables, 
 
 GIVEN = {
     "features": ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours"),
-    "profiles": ("by_jaccard", "by_phi", "x", "y", "cluster"),
+    "profiles": ("by_jaccard", "by_phi", "x", "y", "cluster", "loss"),
 }
 """Columns that the caller of `build_store` may give, by table."""
 
@@ -101,7 +101,7 @@ def build_store(
     vocab: the bytes of token id 0, 1, ...
     per_feature: what is not computed here, as Parquet or table: feature and any of the columns `GIVEN` (types as in
     `schema.TABLES`); features that are not in it get empty lists,
-    and NULL for a number.
+    and NULL for the rest.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
 
     One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
@@ -413,7 +413,7 @@ places AS (
            list(coalesce(total::DOUBLE * $unit / n, 0) ORDER BY bin) AS means
     FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature)
 SELECT places.feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means,
-       coalesce(by_jaccard, []), coalesce(by_phi, []), x, y, cluster
+       coalesce(by_jaccard, []), coalesce(by_phi, []), x, y, cluster, loss
 FROM places
 LEFT JOIN work.decoder AS decoder ON decoder.feature = places.feature
 LEFT JOIN moments ON moments.feature = places.feature

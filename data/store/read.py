@@ -23,6 +23,7 @@ from data.store.schema import (
     Explanation,
     Feature,
     FeatureRow,
+    LossEffect,
     Map,
     Neighbour,
     Page,
@@ -46,7 +47,9 @@ _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"
 )
-_PROFILE = "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi, x, y, cluster"
+_PROFILE = (
+    "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi, x, y, cluster, loss"
+)
 _EXAMPLE = "feature, pole, kind, band, rank, doc, start, split, token_ids, acts, peak, peak_index"
 
 
@@ -227,6 +230,8 @@ def profile(store: "Store", number: int) -> Profile | None:
         values[name] = [TokenCount(**entry) for entry in values[name]]
     for name in ("by_jaccard", "by_phi"):
         values[name] = [Coactive(**entry) for entry in values[name]]
+    if values["loss"] is not None:
+        values["loss"] = LossEffect(**values["loss"])
     bins = store.query('SELECT "first", "last", n_tokens FROM positions ORDER BY bin')
     fired = zip(bins, values.pop("position_counts"), values.pop("position_means"), strict=True)
     return Profile(

@@ -197,6 +197,20 @@ class Coactive:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossEffect:
+    """What the model loses when one latent is taken out (delta form) of contexts in which it fires."""
+
+    nats: float
+    """Loss without it less the clean one, mean over predicted tokens; positive where it helps."""
+    error: float
+    """Standard error over contexts; NaN for one context."""
+    control: float
+    """`nats` with a random direction of the decoder row's norm in its place."""
+    n_contexts: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionBin:
     """Some positions in a context, and how one latent fires on them."""
 
@@ -229,6 +243,8 @@ class Profile:
     """Place of its decoder row on a map of all of them: principal components of the rows at norm 1."""
     cluster: int | None
     """Cluster of decoder rows that point the same way; 0 is the largest."""
+    loss: LossEffect | None
+    """None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +398,7 @@ TABLES: dict[str, dict[str, str]] = {
         "x": "FLOAT",
         "y": "FLOAT",
         "cluster": "INTEGER",
+        "loss": "STRUCT(nats FLOAT, error FLOAT, control FLOAT, n_contexts BIGINT, n_tokens BIGINT)",
     },
 }
 """The tables of `features.duckdb`: column names and types, in order."""

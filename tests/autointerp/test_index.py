@@ -303,3 +303,13 @@ def test_the_command_prints_what_it_made_and_what_comes_next(make_run: MakeRun) 
     assert (facts["features"], facts["tokens"]) == (8, 1258)
     assert Path(facts["path"]).is_file()
     assert CliRunner().invoke(command, [str(run), "--tokens", "some"]).exit_code == 2
+    assert CliRunner().invoke(command, [str(run), "--loss-effect", "2", "--features", "1"]).exit_code == 2
+    with pytest.raises(InputError, match="has no feature 8: expected 0 to 7"):
+        CliRunner().invoke(command, [str(run), "--overwrite", "--features", "1,8"], catch_exceptions=False)
+    for option in (["--features", "1,7"], ["--loss-effect", "2"]):
+        CliRunner().invoke(command, [str(run), "--overwrite", *option], catch_exceptions=False)
+        with open_store(run) as store:
+            effects = {i: profile.loss for i in range(8) if (profile := store.profile(i)) and profile.loss}
+            assert set(effects) == ({1} if "1,7" in option else {0, 3})  # 7 never fires
+            assert effects[min(effects)].n_contexts == 16
+            assert int(store.meta["loss_effect_forwards"]) >= 32 * len(effects)
