@@ -1,17 +1,19 @@
-"""Builds a dictionary's feature store from the activations that its run has cached: no forward pass of the model.
+"""Builds a dictionary's feature store from the activations that its run has cached: no forward pass of the model,
+unless the effect of features on its loss is asked for (`autointerp.loss_effect`).
 
 What needs the text goes to Parquet (the codes of the ordinary tokens, and the tokens) for `data.store.build_store`,
-which computes every statistic and example from it. What needs only weights is computed here, in pieces that fit in
-memory:
+which computes every statistic and example from it, but for which latents fire together (`autointerp.coactive`). What
+needs only weights is computed here, in pieces that fit in memory:
 - logit lens: W_dec @ W_U, with W_U centred over the vocabulary and the final norm's gain folded in;
-- neighbours: the decoder rows of largest cosine, of largest |cosine| for signed latents, whose sign is a convention.
+- neighbours: the decoder rows of largest cosine, of largest |cosine| for signed latents, whose sign is a convention;
+- a map and clusters of the decoder rows (`autointerp.decoder_map`).
 
 The surprise: the model is loaded for its unembedding and vocabulary alone, and let go before the codes are made.
 Source of the lens: nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,9 @@ from activations.cache import CachedActivations
 from activations.files import lock
 from activations.model import pick_device
 from activations.run import Run, dictionary_folder
+from autointerp.coactive import coactive_columns
+from autointerp.decoder_map import map_columns
+from autointerp.loss_effect import measure_effects
 from data.store import build_store
 from data.store.schema import STORE_FILE
 from sae import SAE, load_sae
@@ -58,10 +63,12 @@ def index(
     device: str = "auto",
     batch: int = 4096,
     n_tokens: int | None = None,
+    loss_effect: int | Sequence[int] = 0,
 ) -> Path:
     """Build the feature store of a dictionary (RUN, RUN/ID or its folder) and return its path.
 
     n_tokens: index only the first so many cached tokens; None for all. batch: rows encoded at once.
+    loss_effect: features whose effect on the model's loss is measured (`autointerp.loss_effect`): how many, or which.
     Memory: the dictionary, and 3 GiB or so that do not grow with the text. Disk, while it runs: about 50 bytes a code.
     Raises InputError when the store is there already (unless `overwrite`), when the dictionary lies in no run, and when
     the run has no activations at its hook.
@@ -82,6 +89,9 @@ def index(
         try:
             sae = load_sae(folder).to(pick_device(device))
             cache = run.activations(sae.only_hook("An index"))
+            wanted = [] if isinstance(loss_effect, int) else loss_effect
+            if wrong := [number for number in wanted if not 0 <= number < sae.d_sae]:
+                raise InputError(f"{folder} has no feature {wrong[0]}: expected 0 to {sae.d_sae - 1}.")
             if cache.d_in != sae.d_in:
                 raise InputError(f"{folder} takes rows of {sae.d_in} values, but {sae.hook} has {cache.d_in} here.")
             model = load_model(run.model_name, dtype=run.meta["model_dtype"], device="cpu")
@@ -89,14 +99,28 @@ def index(
             vocab = model.token_bytes()
             del model
             write_codes(sae, cache, scratch, batch=batch, n_tokens=n_tokens)
+            codes, tokens = scratch / "codes.parquet", scratch / "tokens.parquet"
+            coactive, n_counted = coactive_columns(codes, tokens, sae.d_sae)
+            columns = coactive
+            meta = {**_meta(run, sae, folder), "coactivation_tokens": str(n_counted)}
+            if loss_effect:
+                model = load_model(run.model_name, dtype="float32", device=device)
+                effects, n_forwards = measure_effects(sae, model, codes, tokens, loss_effect)
+                del model
+                columns, meta["loss_effect_forwards"] = columns | effects, str(n_forwards)
+            places, variance = map_columns(sae.W_dec.detach(), signed=sae.signed)
             return build_store(
                 target,
-                codes=[scratch / "codes.parquet"],
-                tokens=[scratch / "tokens.parquet"],
+                codes=[codes],
+                tokens=[tokens],
                 n_features=sae.d_sae,
                 vocab=vocab,
-                meta=_meta(run, sae, folder),
-                per_feature=scratch / "decoder.parquet",
+                meta={
+                    **meta,
+                    "map": "principal components of the decoder rows",
+                    "map_variance": f"{variance:.4f}",
+                },
+                per_feature=_joined(scratch / "decoder.parquet", columns | places),
             )
         except OSError as error:
             raise InputError(f"{folder} could not be indexed: {error}.") from error
@@ -255,6 +279,14 @@ def _neighbour_columns(W_dec: Tensor, pieces: list[tuple[int, int]], *, signed: 
             "feature": pa.array(range(first, last), pa.int32()),
             "neighbours": _structs("feature", found, "cosine", cosines),
         }
+
+
+def _joined(path: Path, columns: dict[str, pa.Array]) -> pa.Table:
+    """A Parquet file with more columns, a row a latent as it has."""
+    table = pq.read_table(path)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def _lists(values: np.ndarray) -> pa.Array:

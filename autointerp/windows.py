@@ -54,9 +54,12 @@ def poles(examples: Iterable[Example]) -> list[str]:
 
 
 def active_windows(examples: Iterable[Example], pole: str, split: Split) -> list[ActiveWindow]:
-    """The different windows of one pole and split among a feature's examples, strongest first."""
+    """The different windows of one pole and split among a feature's examples, strongest first.
+
+    Those by rank are for people: with them, a score would be of other windows than in an older store.
+    """
     sign = -1.0 if pole == "-" else 1.0
-    mine = {e.start: e for e in examples if e.pole == pole and e.split == split}
+    mine = {e.start: e for e in examples if e.pole == pole and e.split == split and e.kind != "quantile"}
     return [
         ActiveWindow(
             doc=example.doc,

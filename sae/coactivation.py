@@ -96,11 +96,20 @@ def counted(fires: csr_matrix) -> Iterator[tuple[int, coo_matrix]]:
 
     Memory: about `PRODUCTS` entries, however many latents fire together.
     """
+    for first, both in together(fires, PRODUCTS):
+        yield first, triu(both, k=first + 1).tocoo()
+
+
+def together(fires: csr_matrix, products: int) -> Iterator[tuple[int, csr_matrix]]:
+    """n_ij for all j, as (number of the first i, their rows of the table), a few latents i at a time; n_ii is n_i.
+
+    products: pairs of firings that are counted at once, unless one latent has more.
+    """
     by_latent = fires.T.tocsr()
     work = np.cumsum(by_latent @ fires.getnnz(axis=1))
     first = 0
     while first < len(work):
         done = work[first - 1] if first else 0
-        last = max(int(np.searchsorted(work, done + PRODUCTS, side="right")), first + 1)
-        yield first, triu(by_latent[first:last] @ fires, k=first + 1).tocoo()
+        last = max(int(np.searchsorted(work, done + products, side="right")), first + 1)
+        yield first, (by_latent[first:last] @ fires).tocsr()
         first = last

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from app.cli.options import COUNT, json_option
+from app.cli.options import COUNT, feature_numbers, json_option
 
 if TYPE_CHECKING:
     from autointerp.client import ChatClient
@@ -20,20 +19,6 @@ LIMIT = 20
 """Features that a language model explains when none are named."""
 WINDOWS, WINDOWS_LOCAL = 10, 5
 """Judged of each kind: what a server answers in no time takes this machine a while."""
-
-
-def feature_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
-    """Numbers and ranges such as 0-499 or 3,7,12, both ends included, each number once."""
-    if value is None:
-        return None
-    numbers: dict[int, None] = {}
-    for piece in value.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece, flags=re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not 0 <= last - first < 10_000_000:
-            raise click.BadParameter(f"{piece!r} is no number or range: expected such as 0-499 or 3,7,12.", ctx, param)
-        numbers.update(dict.fromkeys(range(first, last + 1)))
-    return list(numbers)
 
 
 @click.command()

@@ -35,6 +35,20 @@ SHARE = click.FloatRange(0, 1)
 Command = Callable[..., Any]
 
 
+def feature_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Numbers and ranges such as 0-499 or 3,7,12, both ends included, each number once."""
+    if value is None:
+        return None
+    numbers: dict[int, None] = {}
+    for piece in value.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece, flags=re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= last - first < 10_000_000:
+            raise click.BadParameter(f"{piece!r} is no number or range: expected such as 0-499 or 3,7,12.", ctx, param)
+        numbers.update(dict.fromkeys(range(first, last + 1)))
+    return list(numbers)
+
+
 def field_of(text: str) -> tuple[str, Any]:
     """("a", [1, 2]) of "a=[1,2]", ("a", "word") of "a=word": a value is JSON where it can be, else text.
 

@@ -9,9 +9,10 @@ Examples, for each feature and pole, from a fixed grid of windows (32 tokens of 
 - `top`: the windows with the largest peak, one a document while documents last. The first `top` ranks are the true
   tops; behind them stand as many more as it takes for each split to have its own best `top // 2`.
 - `interval`: `per_band` random windows from each of `bands` equal value intervals of the peak.
+- `quantile`: the same, from `bands` groups of equally many windows by the size of their peak; equal peaks in one group.
 - `random`: `random` windows of all those in which the feature fires.
-The last two take turns between the splits, so both get half while they have enough. Each kind is a sample of its own: a
-window may stand in two kinds, never twice in one. "Random" is a hash of (feature, window, seed): the same every time.
+The last three take turns between the splits, so both get half while they have enough. Each kind is a sample of its own:
+a window may stand in two kinds, never twice in one. "Random" is a hash of (feature, window, seed): always the same.
 
 The split is by document and by a hash of its number alone, so that a rebuilt store never scores an explanation on
 documents which its explainer has read. A window whose tokens come from documents of both splits is left out.
@@ -35,7 +36,13 @@ from tqdm import tqdm
 
 from data.store.errors import StoreError
 from data.store.files import sync
-from data.store.schema import SCHEMA_VERSION, TABLES, create_tables, now
+from data.store.schema import QUANTILES, SCHEMA_VERSION, TABLES, create_tables, now
+
+GIVEN = {
+    "features": ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours"),
+    "profiles": ("by_jaccard", "by_phi", "x", "y", "cluster", "loss"),
+}
+"""Columns that the caller of `build_store` may give, by table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,8 @@ class BuildOptions:
     bins: int = 40
     """Bars of a feature's histogram."""
     top_tokens: int = 10
+    position_bins: int = 16
+    """Pieces of a context whose firings are counted apart; fewer when a context has fewer positions."""
     seed: int = 0
     memory: str = "2GiB"
     """What DuckDB may hold in memory; the rest is on disk beside the store."""
@@ -65,8 +74,8 @@ class BuildOptions:
     """Features are worked on in groups of at most this many codes (but at least one feature) and features."""
 
     def __post_init__(self) -> None:
-        sizes = ("window", "top", "bands", "per_band", "random", "bins", "top_tokens", "chunk_codes", "chunk_features")
-        for name in sizes:
+        sizes = ("window", "top", "bands", "per_band", "random", "bins", "top_tokens", "position_bins")
+        for name in (*sizes, "chunk_codes", "chunk_features"):
             if getattr(self, name) < 1:
                 raise StoreError(f"{name}={getattr(self, name)} is too small: expected at least 1")
         if self.background < 0:
@@ -90,8 +99,9 @@ def build_store(
     tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
     consecutive and its positions count from 0.
     vocab: the bytes of token id 0, 1, ...
-    per_feature: what comes from the decoder, as Parquet or table: feature and any of top_logits, bottom_logits,
-    logit_edges, logit_counts, neighbours (types as in `schema.TABLES`); features that are not in it get empty lists.
+    per_feature: what is not computed here, as Parquet or table: feature and any of the columns `GIVEN` (types as in
+    `schema.TABLES`); features that are not in it get empty lists,
+    and NULL for the rest.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
 
     One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
@@ -125,6 +135,11 @@ def build_store(
     return target
 
 
+def _nothing(kind: str) -> str:
+    """What stands for a value of this type that was not given."""
+    return "[]" if kind.endswith("[]") else "NULL"
+
+
 @contextmanager
 def _connect(scratch: Path, options: BuildOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the new store attached as `store` and a scratch database as `work`, both closed at the end."""
@@ -152,15 +167,27 @@ class _Build:
         self.n_features = n_features
         self.n_ordinary = 0
         self.unit = 1.0
+        self.position_bins = 0
 
     def read_tokens(self, paths: Sequence[Path]) -> None:
         """Tokens, how often each id occurs, the split of each document, and the grid of windows."""
+        files = [str(path) for path in paths]
+        (context,) = self._one(
+            "SELECT coalesce(max(position), 0)::BIGINT + 1 FROM read_parquet($files)", {"files": files}
+        )
+        self.position_bins = min(self.options.position_bins, context)
         self.sql.execute(
             """CREATE TABLE work.tokens AS
             SELECT row::BIGINT AS row, id::INTEGER AS id, doc::INTEGER AS doc, ordinary::BOOLEAN AS ordinary,
-                   (position % $window)::INTEGER AS place, row - position % $window AS start
-            FROM read_parquet($paths)""",
-            {"paths": [str(path) for path in paths], "window": self.options.window},
+                   (position % $window)::INTEGER AS place, row - position % $window AS start,
+                   position::INTEGER AS position, (position::BIGINT * $bins // $context)::INTEGER AS bin
+            FROM read_parquet($files)""",
+            {"files": files, "window": self.options.window, "bins": self.position_bins, "context": context},
+        )
+        self.sql.execute(
+            """INSERT INTO store.positions
+            SELECT bin, min(position), max(position), count(*) FILTER (ordinary)
+            FROM work.tokens GROUP BY bin ORDER BY bin"""
         )
         self.sql.execute(
             "CREATE TABLE work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
@@ -186,7 +213,7 @@ class _Build:
         (given,) = self._one("SELECT count(*) FROM read_parquet($files) WHERE value <> 0", {"files": files})
         self.sql.execute(
             """CREATE TABLE work.fired AS
-            SELECT codes.feature::INTEGER AS feature, codes.value::FLOAT AS value, id, start, place
+            SELECT codes.feature::INTEGER AS feature, codes.value::FLOAT AS value, id, start, place, bin
             FROM read_parquet($files) AS codes JOIN work.tokens AS tokens ON codes.row = tokens.row AND tokens.ordinary
             WHERE codes.value <> 0 ORDER BY codes.feature, codes.row""",
             {"files": files},
@@ -205,13 +232,15 @@ class _Build:
             self.unit = 2.0 ** (math.frexp(largest)[1] - 40)
 
     def read_decoder(self, per_feature: Path | pa.Table | None) -> None:
-        """What the caller computed from the decoder, with the columns that it left out."""
+        """What the caller computed, with the columns that it left out."""
         table = pq.read_table(per_feature) if isinstance(per_feature, Path) else per_feature
         if table is None:
             table = pa.table({"feature": pa.array([], pa.int32())})
         columns = ", ".join(
-            f"{name if name in table.column_names else '[]'}::{TABLES['features'][name]} AS {name}"
-            for name in ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours")
+            f"{name if name in table.column_names else _nothing(kind)}::{kind} AS {name}"
+            for part, names in GIVEN.items()
+            for name in names
+            for kind in [TABLES[part][name]]
         )
         self.sql.register("given", table)
         self.sql.execute(f"CREATE TABLE work.decoder AS SELECT feature::INTEGER AS feature, {columns} FROM given")
@@ -233,15 +262,19 @@ class _Build:
         return ranges
 
     def features(self, low: int, high: int) -> None:
-        """The `features` rows of one chunk."""
+        """The `features` and `profiles` rows of one chunk."""
         chunk, bins = {"low": low, "high": high}, self.options.bins
-        self.sql.execute("CREATE OR REPLACE TEMP TABLE moments AS " + _MOMENTS, {**chunk, "unit": self.unit})
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE moments AS " + _MOMENTS.replace("LEVELS", str(list(QUANTILES))),
+            {**chunk, "unit": self.unit},
+        )
         self.sql.execute("CREATE OR REPLACE TEMP TABLE histograms AS " + _HISTOGRAMS, {**chunk, "bins": bins})
         self.sql.execute(
             "CREATE OR REPLACE TEMP TABLE favourites AS " + _FAVOURITES,
             {**chunk, "unit": self.unit, "keep": self.options.top_tokens},
         )
         self.sql.execute(_FEATURES, {**chunk, "n_ordinary": self.n_ordinary})
+        self.sql.execute(_PROFILES, {**chunk, "unit": self.unit, "bins": self.position_bins})
 
     def examples(self, low: int, high: int) -> None:
         """The `examples` rows of one chunk; follows `features`, whose extremes set the bands."""
@@ -251,9 +284,13 @@ class _Build:
             {"low": low, "high": high, "bands": options.bands},
         )
         self.sql.execute("CREATE OR REPLACE TEMP TABLE tops AS " + _TOPS, {"top": options.top})
-        self.sql.execute(
-            "CREATE OR REPLACE TEMP TABLE intervals AS " + _INTERVALS, {"keep": options.per_band, "seed": options.seed}
-        )
+        levels = [band / options.bands for band in range(1, options.bands)] or [1.0]
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE by_rank AS " + _BY_RANK.replace("LEVELS", str(levels)))
+        for kind, source in (("interval", "peaks"), ("quantile", "by_rank")):
+            self.sql.execute(
+                f"CREATE OR REPLACE TEMP TABLE {kind}s AS " + _INTERVALS.replace("SOURCE", source),
+                {"kind": kind, "keep": options.per_band, "seed": options.seed},
+            )
         self.sql.execute(
             "CREATE OR REPLACE TEMP TABLE randoms AS " + _RANDOMS, {"keep": options.random, "seed": options.seed}
         )
@@ -312,7 +349,7 @@ class _Build:
 _MOMENTS = """
 SELECT feature, count(*) AS n, greatest(max(value), 0) AS highest, least(min(value), 0) AS lowest,
        sum(CAST(value::DOUBLE / $unit AS BIGINT))::DOUBLE * $unit / count(*) AS mean,
-       quantile_cont(value::DOUBLE, [0.1, 0.5, 0.9]) AS quantiles
+       quantile_cont(value::DOUBLE, LEVELS) AS quantiles
 FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY feature
 """
 
@@ -332,17 +369,25 @@ WITH counts AS (
     FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY ALL),
 ranked AS (
     SELECT *, row_number() OVER (PARTITION BY feature, positive ORDER BY n DESC, abs(total) DESC, id) AS rank
-    FROM counts QUALIFY rank <= $keep)
-SELECT feature, positive,
-       list(struct_pack(id := id, n := ranked.n, share := ranked.n / occurrences.n,
-                        mean := total::DOUBLE * $unit / ranked.n) ORDER BY rank) AS tokens
-FROM ranked JOIN work.occurrences AS occurrences USING (id) GROUP BY feature, positive
+    FROM counts),
+kept AS (
+    SELECT *, abs(total)::DOUBLE / n AS size,
+           row_number() OVER (PARTITION BY feature, positive, n >= 3 ORDER BY size DESC, id) AS place
+    FROM ranked QUALIFY rank <= $keep OR (n >= 3 AND place <= $keep)),
+named AS (
+    SELECT feature, positive, rank, place, kept.n AS n,
+           struct_pack(id := id, n := kept.n, share := kept.n / occurrences.n,
+                       mean := total::DOUBLE * $unit / kept.n) AS token
+    FROM kept JOIN work.occurrences AS occurrences USING (id))
+SELECT feature, positive, coalesce(list(token ORDER BY rank) FILTER (rank <= $keep), []) AS tokens,
+       coalesce(list(token ORDER BY place) FILTER (n >= 3 AND place <= $keep), []) AS strong
+FROM named GROUP BY feature, positive
 """
 
 _FEATURES = """
 INSERT INTO store.features
 SELECT feature, n IS NOT NULL, coalesce(n, 0), coalesce(n, 0) / $n_ordinary,
-       coalesce(highest, 0), coalesce(lowest, 0), mean, quantiles[1], quantiles[2], quantiles[3],
+       coalesce(highest, 0), coalesce(lowest, 0), mean, quantiles[3], quantiles[5], quantiles[7],
        CASE WHEN n IS NULL THEN [] ELSE list_transform(range(len(histograms.counts) + 1),
             lambda i: lowest + (highest::DOUBLE - lowest) * i / len(histograms.counts)) END,
        coalesce(histograms.counts, []),
@@ -355,6 +400,26 @@ LEFT JOIN favourites AS plus ON plus.feature = every.feature AND plus.positive
 LEFT JOIN favourites AS minus ON minus.feature = every.feature AND NOT minus.positive
 LEFT JOIN work.decoder AS decoder ON decoder.feature = every.feature
 ORDER BY every.feature
+"""
+
+_PROFILES = """
+INSERT INTO store.profiles
+WITH counts AS (
+    SELECT feature, bin, count(*) AS n, sum(CAST(value::DOUBLE / $unit AS BIGINT)) AS total
+    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY ALL),
+grid AS (SELECT feature, bin::INTEGER AS bin FROM range($low, $high) AS every(feature), range($bins) AS bins(bin)),
+places AS (
+    SELECT feature, list(coalesce(n, 0) ORDER BY bin) AS counts,
+           list(coalesce(total::DOUBLE * $unit / n, 0) ORDER BY bin) AS means
+    FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature)
+SELECT places.feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means,
+       coalesce(by_jaccard, []), coalesce(by_phi, []), x, y, cluster, loss
+FROM places
+LEFT JOIN work.decoder AS decoder ON decoder.feature = places.feature
+LEFT JOIN moments ON moments.feature = places.feature
+LEFT JOIN favourites AS plus ON plus.feature = places.feature AND plus.positive
+LEFT JOIN favourites AS minus ON minus.feature = places.feature AND NOT minus.positive
+ORDER BY places.feature
 """
 
 _PEAKS = """
@@ -400,8 +465,15 @@ SELECT feature, pole, 'top' AS kind, band, start, doc, split, peak,
 FROM ranked JOIN peaks USING (feature, pole, start)
 """
 
+# The bands of `interval` are of equal width, these hold equally many windows: most values are small.
+_BY_RANK = """
+WITH edges AS (SELECT feature, pole, quantile_disc(abs(peak), LEVELS) AS edges FROM peaks GROUP BY ALL)
+SELECT feature, pole, start, doc, split, peak, len(list_filter(edges, lambda edge: abs(peak) > edge))::INTEGER AS band
+FROM peaks JOIN edges USING (feature, pole)
+"""
+
 _INTERVALS = """
-WITH lots AS (SELECT *, hash(feature, start, $seed, 'interval') AS lot FROM peaks),
+WITH lots AS (SELECT *, hash(feature, start, $seed, $kind) AS lot FROM SOURCE),
 edges AS (SELECT feature, pole, band, split, list_max(min(lot, $keep)) AS edge FROM lots GROUP BY ALL),
 ranked AS (
     SELECT lots.*, row_number() OVER (PARTITION BY feature, pole, band, split ORDER BY lot, start) AS turn
@@ -409,7 +481,7 @@ ranked AS (
 chosen AS (
     SELECT *, row_number() OVER (PARTITION BY feature, pole, band ORDER BY turn, lot, start) AS place
     FROM ranked QUALIFY place <= $keep)
-SELECT feature, pole, 'interval' AS kind, band, start, doc, split, peak,
+SELECT feature, pole, $kind AS kind, band, start, doc, split, peak,
        row_number() OVER (PARTITION BY feature, pole ORDER BY band, place) - 1 AS rank
 FROM chosen
 """
@@ -428,7 +500,7 @@ FROM ranked QUALIFY rank < $keep
 # PLACES is one value for each place of a window: a wide aggregate is far cheaper here than a list built from a join.
 _EXAMPLES = """
 INSERT INTO store.examples
-WITH chosen AS (FROM tops UNION ALL FROM intervals UNION ALL FROM randoms),
+WITH chosen AS (FROM tops UNION ALL FROM intervals UNION ALL FROM quantiles UNION ALL FROM randoms),
 wanted AS (SELECT DISTINCT feature, start FROM chosen),
 values AS (
     SELECT feature, start, list_value(PLACES) AS acts

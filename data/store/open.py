@@ -23,12 +23,15 @@ from data.store.schema import (
     Example,
     Explanation,
     Feature,
+    Map,
     Page,
+    Profile,
     Score,
     Summary,
     Window,
     check_tables,
     check_version,
+    migrate,
 )
 
 
@@ -58,7 +61,9 @@ class Store:
         try:
             self.meta: dict[str, str] = dict(self.query("SELECT key, value FROM store.meta"))
             self._check(lambda: check_version(self.meta))
-            self._check(lambda: check_tables(self._connection.cursor(), "store"))
+            version = int(self.meta["schema"])
+            self._check(lambda: check_tables(self._connection.cursor(), "store", version))
+            migrate(self._connection, version)
         except BaseException:
             self._connection.close()
             raise
@@ -109,12 +114,20 @@ class Store:
         """All that is known of one feature; StoreError when there is no such number."""
         return read.feature(self, feature)
 
+    def profile(self, feature: int) -> Profile | None:
+        """Quantiles, tokens, positions, company and place of one feature; None when an older version made the store."""
+        return read.profile(self, feature)
+
+    def map(self, *, alive_only: bool = True) -> Map:
+        """Where the decoder rows lie in two dimensions; empty when an older version made the store."""
+        return read.map_of(self, alive_only=alive_only)
+
     def features(self, *, alive_only: bool = True) -> list[int]:
         """The numbers of all features, in order; by default of those that fired."""
         return read.features(self, alive_only=alive_only)
 
     def examples(self, feature: int, *, pole: str | None = None, split: str | None = None) -> list[Example]:
-        """Windows with the feature's values, by pole, kind ('interval', 'random', 'top') and rank."""
+        """Windows with the feature's values, by pole, kind ('interval', 'quantile', 'random', 'top') and rank."""
         return read.examples(self, feature, pole=pole, split=split)
 
     def examples_of(self, features: Sequence[int]) -> dict[int, list[Example]]:

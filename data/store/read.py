@@ -18,12 +18,17 @@ from data.store.errors import StoreError
 from data.store.schema import (
     DETECTION,
     SOURCES,
+    Coactive,
     Example,
     Explanation,
     Feature,
     FeatureRow,
+    LossEffect,
+    Map,
     Neighbour,
     Page,
+    PositionBin,
+    Profile,
     Score,
     Summary,
     TokenCount,
@@ -41,6 +46,9 @@ _SCORE = "explanation_id, feature, scorer, value, lo, hi, n, chance, control, fa
 _FEATURE = (
     'feature, alive, n_active, density, "max", "min", mean, q10, q50, q90, hist_edges, hist_counts, '
     "top_logits, bottom_logits, logit_edges, logit_counts, neighbours, top_tokens, bottom_tokens"
+)
+_PROFILE = (
+    "quantiles, strong_tokens, weak_tokens, position_counts, position_means, by_jaccard, by_phi, x, y, cluster, loss"
 )
 _EXAMPLE = "feature, pole, kind, band, rank, doc, start, split, token_ids, acts, peak, peak_index"
 
@@ -209,6 +217,41 @@ def feature(store: "Store", number: int) -> Feature:
         values[name] = [TokenCount(**entry) for entry in values[name]]
     values["neighbours"] = [Neighbour(**entry) for entry in values["neighbours"]]
     return Feature(**values, explanations=explanations(store, [number]), scores=scores(store, [number]))
+
+
+def profile(store: "Store", number: int) -> Profile | None:
+    """See `Store.profile`."""
+    _check_number(store, number)
+    rows = store.query(f"SELECT {_PROFILE} FROM profiles WHERE feature = ?", [number])
+    if not rows:
+        return None
+    values = dict(zip(_names(_PROFILE), rows[0], strict=True))
+    for name in ("strong_tokens", "weak_tokens"):
+        values[name] = [TokenCount(**entry) for entry in values[name]]
+    for name in ("by_jaccard", "by_phi"):
+        values[name] = [Coactive(**entry) for entry in values[name]]
+    if values["loss"] is not None:
+        values["loss"] = LossEffect(**values["loss"])
+    bins = store.query('SELECT "first", "last", n_tokens FROM positions ORDER BY bin')
+    fired = zip(bins, values.pop("position_counts"), values.pop("position_means"), strict=True)
+    return Profile(
+        **values,
+        positions=[
+            PositionBin(first=first, last=last, n_tokens=n, n_active=n_active, mean=mean)
+            for (first, last, n), n_active, mean in fired
+        ],
+    )
+
+
+def map_of(store: "Store", *, alive_only: bool) -> Map:
+    """See `Store.map`."""
+    rows = store.query(
+        """SELECT feature, x, y, cluster, density FROM profiles JOIN store.features USING (feature)
+        WHERE x IS NOT NULL AND (alive OR NOT ?) ORDER BY feature""",
+        [alive_only],
+    )
+    feature, x, y, cluster, density = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [], [])
+    return Map(feature=feature, x=x, y=y, cluster=cluster, density=density)
 
 
 def features(store: "Store", *, alive_only: bool) -> list[int]:

@@ -9,23 +9,26 @@ Signs: a latent may be negative (AbsTopK). Every value here keeps its sign; the 
 
 import datetime
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import duckdb
 
 from data.store.errors import StoreError
 
-SCHEMA_VERSION = 1
-
-MIGRATIONS: dict[int, Callable[[duckdb.DuckDBPyConnection], None]] = {}
-"""Named steps from a schema version to the next one, by the version they start from; none is needed for version 1."""
+SCHEMA_VERSION = 2
 
 STORE_FILE = "features.duckdb"
 
 POLES = ("+", "-", "both")
 SOURCES = ("person", "llm", "lexical")
 """Who wrote an explanation, the most trusted first."""
+
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""Levels of `Profile.quantiles`."""
+
+DENSE = 0.1
+"""A feature that fires on a larger share of the ordinary tokens is dense."""
 
 DETECTION = "detection"
 """The scorer whose value (balanced accuracy on windows that the explainer has not seen) ranks explanations."""
@@ -172,6 +175,88 @@ class Feature:
         """The best explanation, if there is any."""
         return self.explanations[0] if self.explanations else None
 
+    @property
+    def dense(self) -> bool:
+        """Whether it fires on more than a tenth of the ordinary tokens."""
+        return self.density > DENSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coactive:
+    """Another latent that fires on the same tokens; of a sample of them (`coactivation_tokens` of the store's meta)."""
+
+    feature: int
+    n: int
+    """Tokens on which both fire."""
+    jaccard: float
+    """Those as a share of the tokens on which either fires."""
+    chance: float
+    """That share if the two fired as often but independently."""
+    phi: float
+    """Correlation of the two firing or not, -1 to 1; 0 by chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossEffect:
+    """What the model loses when one latent is taken out (delta form) of contexts in which it fires."""
+
+    nats: float
+    """Loss without it less the clean one, mean over predicted tokens; positive where it helps."""
+    error: float
+    """Standard error over contexts; NaN for one context."""
+    control: float
+    """`nats` with a random direction of the decoder row's norm in its place."""
+    n_contexts: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBin:
+    """Some positions in a context, and how one latent fires on them."""
+
+    first: int
+    last: int
+    """Positions `first` to `last`, counted from 0."""
+    n_tokens: int
+    """Ordinary tokens there."""
+    n_active: int
+    mean: float
+    """Mean of the non-zero values there; 0 where it never fires."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """On which values, tokens and positions a latent fires, over ordinary tokens only."""
+
+    quantiles: list[float]
+    """Of the non-zero values at the levels `QUANTILES`; empty for a latent that never fired."""
+    strong_tokens: list[TokenCount]
+    weak_tokens: list[TokenCount]
+    """The tokens of largest mean value of the positive pole, and of lowest of the negative one, among those with 3 or
+    more firings."""
+    positions: list[PositionBin]
+    by_jaccard: list[Coactive]
+    by_phi: list[Coactive]
+    """The latents that fire together with it most, by either measure; those that meet it on 5 tokens or more."""
+    x: float | None
+    y: float | None
+    """Place of its decoder row on a map of all of them: principal components of the rows at norm 1."""
+    cluster: int | None
+    """Cluster of decoder rows that point the same way; 0 is the largest."""
+    loss: LossEffect | None
+    """None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """The places of all latents that have one, in the same order."""
+
+    feature: list[int]
+    x: list[float]
+    y: list[float]
+    cluster: list[int]
+    density: list[float]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRow:
@@ -209,9 +294,10 @@ class Example:
     pole: str
     """'+' or '-': the side on which `peak` lies."""
     kind: str
-    """'top', 'interval' or 'random'."""
+    """'top', 'interval', 'quantile' or 'random'."""
     band: int
-    """Which fourth of (0, largest |value| of the pole] the peak lies in, 0 the weakest."""
+    """Which fourth of (0, largest |value| of the pole] the peak lies in, 0 the weakest; for `quantile`, which fourth of
+    the pole's windows by the size of their peak."""
     rank: int
     """0-based, within (feature, pole, kind)."""
     doc: int
@@ -250,6 +336,8 @@ class Summary:
     n_tokens: int
     """Ordinary tokens that the index read."""
 
+
+_COACTIVE = "STRUCT(feature INTEGER, n BIGINT, jaccard FLOAT, chance FLOAT, phi FLOAT)"
 
 TABLES: dict[str, dict[str, str]] = {
     "meta": {"key": "VARCHAR", "value": "VARCHAR"},
@@ -297,19 +385,56 @@ TABLES: dict[str, dict[str, str]] = {
         "token_ids": "INTEGER[]",
     },
     "window_peaks": {"feature": "INTEGER", "window": "INTEGER", "low": "FLOAT", "high": "FLOAT"},
+    "positions": {"bin": "INTEGER", "first": "INTEGER", "last": "INTEGER", "n_tokens": "BIGINT"},
+    "profiles": {
+        "feature": "INTEGER",
+        "quantiles": "FLOAT[]",
+        "strong_tokens": "STRUCT(id INTEGER, n BIGINT, share FLOAT, mean FLOAT)[]",
+        "weak_tokens": "STRUCT(id INTEGER, n BIGINT, share FLOAT, mean FLOAT)[]",
+        "position_counts": "BIGINT[]",
+        "position_means": "FLOAT[]",
+        "by_jaccard": f"{_COACTIVE}[]",
+        "by_phi": f"{_COACTIVE}[]",
+        "x": "FLOAT",
+        "y": "FLOAT",
+        "cluster": "INTEGER",
+        "loss": "STRUCT(nats FLOAT, error FLOAT, control FLOAT, n_contexts BIGINT, n_tokens BIGINT)",
+    },
 }
 """The tables of `features.duckdb`: column names and types, in order."""
 
+SINCE = {"positions": 2, "profiles": 2}
+"""The schema version that brought a table; all others are of version 1."""
 
-def create_tables(connection: duckdb.DuckDBPyConnection, catalog: str) -> None:
-    """Make the empty tables of the newest schema in `catalog`."""
-    for table, columns in TABLES.items():
-        body = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+
+def create_tables(connection: duckdb.DuckDBPyConnection, catalog: str, tables: Iterable[str] = tuple(TABLES)) -> None:
+    """Make empty tables of the newest schema in `catalog`; all of them, or some."""
+    for table in tables:
+        body = ", ".join(f'"{name}" {kind}' for name, kind in TABLES[table].items())
         connection.execute(f"CREATE TABLE {catalog}.{table} ({body})")
 
 
-def check_tables(connection: duckdb.DuckDBPyConnection, catalog: str) -> None:
-    """Raise StoreError unless `catalog` has every table and column that this code reads, as plain tables.
+def _add_profiles(connection: duckdb.DuckDBPyConnection) -> None:
+    """1 to 2: no latent of an older store has a profile."""
+    create_tables(connection, "memory", ("positions", "profiles"))
+
+
+MIGRATIONS: dict[int, Callable[[duckdb.DuckDBPyConnection], None]] = {1: _add_profiles}
+"""Steps from a schema version to the next one, by the version they start from. A store is never written to again, so a
+step makes what is missing in the memory of who reads it."""
+
+
+def migrate(connection: duckdb.DuckDBPyConnection, version: int) -> None:
+    """Give the in-memory catalog every table that is newer than version 1: the attached store's, or a step's."""
+    for table, since in SINCE.items():
+        if since <= version:
+            connection.execute(f"CREATE VIEW memory.{table} AS FROM store.{table}")
+    for older in range(version, SCHEMA_VERSION):
+        MIGRATIONS[older](connection)
+
+
+def check_tables(connection: duckdb.DuckDBPyConnection, catalog: str, version: int) -> None:
+    """Raise StoreError unless `catalog` has every table and column of its schema version, as plain tables.
 
     Views are refused: a store that comes from somebody else is read, never run.
     """
@@ -321,7 +446,8 @@ def check_tables(connection: duckdb.DuckDBPyConnection, catalog: str) -> None:
     ).fetchall()
     if views:
         raise StoreError(f"it holds the view {views[0][0]!r}, expected tables only")
-    missing = {(table, column) for table, columns in TABLES.items() for column in columns} - set(rows)
+    expected = {table: columns for table, columns in TABLES.items() if SINCE.get(table, 1) <= version}
+    missing = {(table, column) for table, columns in expected.items() for column in columns} - set(rows)
     if missing:
         table, column = sorted(missing)[0]
         raise StoreError(f"it has no column {table}.{column}")

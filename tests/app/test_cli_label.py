@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from app.cli import guarded, main
-from app.cli.label import feature_numbers
+from app.cli.options import feature_numbers
 from data.store import open_store
 from tests.autointerp.fake_server import MODEL, body, fake_server
 from tests.planted import planted_store

@@ -140,6 +140,26 @@ def test_every_number_of_a_signed_dictionary_is_that_of_the_rows(make_run: MakeR
     ]
 
 
+def test_what_fires_together_and_where_it_lies_is_in_the_store(make_run: MakeRun) -> None:
+    fires = ordinary().abs().numpy() > 0.5
+    with open_store(index(make_run(signed=True)).parent) as store:
+        assert store.meta["coactivation_tokens"] == store.meta["n_tokens"]
+        assert 0 < float(store.meta["map_variance"]) < 1
+        for number in range(D):
+            profile = store.profile(number)
+            assert profile is not None
+            together = {pair.feature: pair.n for pair in profile.by_jaccard}
+            others = [j for j in range(D) if j != number]
+            counts = {j: int((fires[:, number] & fires[:, j]).sum()) for j in others}
+            assert together == {j: n for j, n in counts.items() if n >= 5}
+            assert sum(each.n_active for each in profile.positions) == fires[:, number].sum()
+            assert profile.cluster in range(3)  # sqrt(8) of them
+        places = store.map(alive_only=False)
+        assert places.feature == list(range(D))
+        assert (places.x[3], places.cluster[3]) == (store.profile(3).x, store.profile(3).cluster)  # type: ignore[union-attr]
+        assert store.map().feature == list(range(D - 1))
+
+
 def test_an_unsigned_dictionary_has_positive_values_only(make_run: MakeRun) -> None:
     with open_store(index(make_run()).parent) as store:
         assert not store.signed
@@ -283,3 +303,13 @@ def test_the_command_prints_what_it_made_and_what_comes_next(make_run: MakeRun) 
     assert (facts["features"], facts["tokens"]) == (8, 1258)
     assert Path(facts["path"]).is_file()
     assert CliRunner().invoke(command, [str(run), "--tokens", "some"]).exit_code == 2
+    assert CliRunner().invoke(command, [str(run), "--loss-effect", "2", "--features", "1"]).exit_code == 2
+    with pytest.raises(InputError, match="has no feature 8: expected 0 to 7"):
+        CliRunner().invoke(command, [str(run), "--overwrite", "--features", "1,8"], catch_exceptions=False)
+    for option in (["--features", "1,7"], ["--loss-effect", "2"]):
+        CliRunner().invoke(command, [str(run), "--overwrite", *option], catch_exceptions=False)
+        with open_store(run) as store:
+            effects = {i: profile.loss for i in range(8) if (profile := store.profile(i)) and profile.loss}
+            assert set(effects) == ({1} if "1,7" in option else {0, 3})  # 7 never fires
+            assert effects[min(effects)].n_contexts == 16
+            assert int(store.meta["loss_effect_forwards"]) >= 32 * len(effects)

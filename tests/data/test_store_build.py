@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.store import BuildOptions, Store, StoreError, build_store, open_store
+from data.store.schema import TABLES
 from tests.planted import VOCAB, planted_codes, planted_text
 
 Code = tuple[int, int, float]
@@ -164,6 +165,22 @@ def test_intervals_are_fourths_of_the_largest_value_and_take_turns_between_split
     assert set(sides.values()) == {2}
 
 
+def test_rank_bands_hold_equally_many_windows_and_equal_peaks_share_one(build: Build) -> None:
+    peaks = [1.0, 1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 100.0]  # by value, all but one lie in the weakest band
+    docs = one_window_a_document(EXPLAIN[:8])
+    store = build(docs, [(4 * place + 1, 0, peak) for place, peak in enumerate(peaks)], 1, per_band=9)
+    bands: dict[int, list[float]] = {}
+    for example in store.examples(0):
+        if example.kind == "quantile":
+            bands.setdefault(example.band, []).append(example.peak)
+    assert {band: sorted(found) for band, found in bands.items()} == {
+        0: [1.0, 1.0, 1.0],
+        1: [1.5],
+        2: [2.0, 2.5],
+        3: [3.0, 100.0],
+    }
+
+
 def test_random_examples_are_half_from_each_split_and_fill_up_from_the_other(build: Build) -> None:
     docs = EXPLAIN[:20] + SCORE[:20]
     both = [(4 * place + 1, 0, 1.0) for place in range(40)]
@@ -271,7 +288,7 @@ def test_two_builds_give_the_same_tables_whatever_the_threads_and_pieces(tmp_pat
         with duckdb.connect(str(target), read_only=True) as connection:
             names = [name for (name,) in connection.execute("SHOW TABLES").fetchall()]
             tables.append({name: connection.execute(f"FROM {name}").fetchall() for name in names})
-    assert set(tables[0]) == {"meta", "vocab", "features", "examples", "windows", "window_peaks"}
+    assert set(tables[0]) == set(TABLES)
     assert all(len(rows) > 5 for rows in tables[0].values())
     assert tables[0] == tables[1]
 

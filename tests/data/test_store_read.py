@@ -114,7 +114,7 @@ def test_a_feature_page_holds_what_was_planted(store: Store) -> None:
     assert sum(feature.logit_counts) == len(VOCAB)
     assert sum(feature.hist_counts) == feature.n_active
     examples = store.examples(4)
-    assert {example.kind for example in examples} == {"top", "interval", "random"}
+    assert {example.kind for example in examples} == {"top", "interval", "quantile", "random"}
     for example in examples:
         assert example.token_ids[example.peak_index] in (word_id(4), word_id(5))
         assert example.acts[example.peak_index] == example.peak == max(example.acts)
@@ -227,7 +227,9 @@ def _read_everything(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("UPDATE meta SET value = '2' WHERE key = 'schema'", "newer version"),
+        ("UPDATE meta SET value = '3' WHERE key = 'schema'", "newer version"),
+        ("UPDATE meta SET value = '0' WHERE key = 'schema'", "schema 0 is too old"),
+        ("DROP TABLE profiles", "no column profiles"),
         ("UPDATE meta SET value = 'x' WHERE key = 'schema'", "schema version is 'x'"),
         ("DELETE FROM meta WHERE key = 'schema'", "schema version is ''"),
         ("ALTER TABLE examples DROP COLUMN peak", "no column examples.peak"),

@@ -1,0 +1,117 @@
+"""The loss effect of a latent against forwards of the whole model with the latent ablated by `steer`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from activations.capture import collect
+from activations.model import Model
+from activations.run import Run
+from autointerp import loss_effect
+from autointerp.index import write_codes
+from autointerp.loss_effect import measure_effects, summary
+from sae.architectures.topk import TopKConfig, TopKSAE
+from steering import steer
+from steering.edit import ablate
+from tests.activations.test_capture import new_run, ragged
+from tests.tiny import HOOK, tiny_model, tiny_tokenizer
+
+LENGTHS = [16, 9, 2, 16, 12, 16, 5, 16] * 3
+D_SAE = 24
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model("tiny", "0", tiny_model(), tiny_tokenizer())
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Model) -> Run:
+    run = new_run(tmp_path / "run", n_tokens=sum(LENGTHS))
+    collect(run, model, [HOOK], ragged(LENGTHS), dtype="float32")
+    cache = run.activations(HOOK)
+    write_codes(dictionary(), cache, tmp_path, batch=50, n_tokens=None)
+    return run
+
+
+def dictionary() -> TopKSAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        sae = TopKSAE(TopKConfig(d_in=32, d_sae=D_SAE, k=3))
+        with torch.no_grad():
+            sae.W_enc.normal_()
+            sae.W_dec.normal_()
+    sae.metadata = {"hook_name": HOOK, "model_name": "tiny"}
+    return sae
+
+
+def loss(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return cross_entropy(model(ids[None])[0, 1:-1], ids[2:], reduction="none")
+
+
+def test_the_effect_is_that_of_an_ablation_in_the_contexts_where_it_fires(
+    run: Run, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_effect, "N_CONTEXTS", 1000)
+    monkeypatch.setattr(loss_effect, "_BLOCK", 2)
+    sae = dictionary()
+    wanted = [5, 2, 11]
+    columns, n_forwards = measure_effects(sae, model, tmp_path / "codes.parquet", tmp_path / "tokens.parquet", wanted)
+    sink = run.activations(HOOK).sink_threshold
+    assert sink > max(float(run.activations(HOOK).rows(0).norm(dim=1).max()), 0), "no row is a sink here"
+    found = columns["loss"].to_pylist()
+    assert [i for i, effect in enumerate(found) if effect] == sorted(wanted)
+    forwards, seen = 0, set()
+    for feature in wanted:
+        differences = []
+        for number, sequence in enumerate(ragged(LENGTHS)):
+            ids = torch.from_numpy(sequence.ids).long()
+            clean = loss(model, ids)
+            with steer(model, ablate(sae, feature)):
+                without = loss(model, ids)
+            if fires(sae, model, ids, feature):
+                differences.append((without - clean).numpy())
+                seen.add(number)
+                forwards += 2
+        whole = np.concatenate(differences)
+        assert found[feature]["nats"] == pytest.approx(whole.mean(), abs=1e-6)
+        assert np.abs(whole).max() > 0.01
+        assert found[feature]["n_tokens"] == len(whole)
+        assert found[feature]["n_contexts"] == sum(len(each) > 0 for each in differences)
+        assert 0 < found[feature]["error"] < 1
+        assert found[feature]["control"] != found[feature]["nats"]
+    assert n_forwards == forwards + len(seen)
+
+
+def fires(sae: TopKSAE, model: Model, ids: torch.Tensor, feature: int) -> bool:
+    from activations.splice import read
+
+    with read(model, [HOOK]) as got, torch.inference_mode():
+        model(ids[None])
+        values, indices = sae.encode_sparse(got[HOOK][0, 1:])
+    return bool(((indices == feature) & (values != 0)).any())
+
+
+def test_a_few_contexts_are_drawn_and_the_same_ones_each_time(run: Run, model: Model, tmp_path: Path) -> None:  # noqa: ARG001
+    paths = tmp_path / "codes.parquet", tmp_path / "tokens.parquet"
+    some, n_forwards = measure_effects(dictionary(), model, *paths, 4)
+    assert some == measure_effects(dictionary(), model, *paths, 4)[0]
+    effects = [effect for effect in some["loss"].to_pylist() if effect]
+    assert len(effects) == 4
+    assert all(effect["n_contexts"] <= 16 for effect in effects)
+    assert n_forwards <= len(LENGTHS) + 2 * 16 * 4
+
+
+def test_the_mean_is_over_tokens_and_the_error_over_contexts() -> None:
+    without = [torch.tensor([1.0, 3.0]), torch.tensor([4.0]), torch.tensor([])]
+    found = summary(without, [torch.zeros(2), torch.ones(1), torch.tensor([])])
+    assert found is not None
+    assert (found["nats"], found["n_contexts"], found["n_tokens"]) == (pytest.approx(8 / 3), 2, 3)
+    assert found["control"] == pytest.approx(1 / 3)
+    residuals = np.array([4 - 2 * 8 / 3, 4 - 8 / 3])
+    assert found["error"] == pytest.approx(np.sqrt((residuals**2).sum() / 2) / 1.5)
+    assert summary([torch.tensor([])], [torch.tensor([])]) is None
