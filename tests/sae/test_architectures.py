@@ -77,7 +77,7 @@ def test_jumprelu_gradient_is_the_slope_of_the_mean():
 def test_jumprelu_gradients_are_those_of_the_dense_form_by_autograd():
     torch.manual_seed(0)
     x, width, l0_weight = torch.randn(40, 12), 0.8, 0.3
-    sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=30, target_l0=5, bandwidth=width))
+    sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=30, target_l0=5, bandwidth=width, weight=1.0))
     for parameter in sae.parameters():
         parameter.data.normal_(std=0.5)
     sae.controller.coefficient.fill_(l0_weight * 5)

@@ -354,6 +354,8 @@ def random_sae(name: str, **fields: object) -> SAE:
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         if "threshold" in sae.saved:
             sae.threshold.fill_(0.5)
+        elif hasattr(sae, "threshold"):
+            sae.threshold.clamp_(min=0.0)  # as training leaves it
     sae.metadata = {"model_name": "m", "hook_name": "blocks.2.hook_resid_post"}
     return sae
 
