@@ -18,7 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "topk": {"architecture": "topk", "sizes": {"d_sae": 64, "k": 2}},
     "abstopk": {"architecture": "abstopk", "sizes": {"d_sae": 64, "k": 2}, "ema": 0.9},
     "batchtopk": {"architecture": "batchtopk", "sizes": {"d_sae": 64, "k": 2.5, "refine": 1}},
-    "jumprelu": {"architecture": "jumprelu", "sizes": {"d_sae": 64, "target_l0": 2}},
+    "jumprelu": {"architecture": "jumprelu", "sizes": {"d_sae": 64, "target_l0": 2, "start_l0": 1.5}},
     "resampled": {"architecture": "topk", "sizes": {"d_sae": 64, "k": 12}, "k_from": 16, "resample_every": 1280},
 }
 STEPS, HALF = 80, 40
