@@ -180,14 +180,14 @@ def step_flops(settings: Training, d_in: int, dead: float = 0.0) -> float:
     """FLOPs of a step's wide products: five, or the encoder's alone where the rest is sparse, and four of the dead; one
     a pick of a pursuit."""
     kind = family(settings.architecture)
-    products = 1 + 4 * dead if kind == "sparse" else settings.sizes["k"] if kind == "pursuit" else 5
+    products = 1 + 4 * dead if kind == "sparse" else settings.mean_k if kind == "pursuit" else 5
     return float(products) * 2.0 * settings.batch * d_in * _d_sae(settings)
 
 
 def step_bytes(settings: Training, d_in: int, dead: float = 0.0) -> dict[str, float]:
     """Bytes that a step moves through memory, by what for: the optimiser, wide activations, rows picked out."""
     n, kind = n_parameters(settings, d_in), family(settings.architecture)
-    k = settings.sizes.get("k", 0)
+    k = settings.mean_k
     passes = {"sparse": 2 + _DEAD_PASSES * dead, "pursuit": 2 * k, "dense": _PASSES}[kind]
     # Gradient written and read twice (its norm, the step); weight and two moments read and written; a copy of 2 bytes.
     moved = {"optimiser": 38.0 * n, "latents": 2.0 * passes * settings.batch * _d_sae(settings)}
@@ -217,7 +217,7 @@ def step_seconds(settings: Training, d_in: int, machine: Machine, gpus: int = 1,
         # x_hat is summed over the GPUs (out and in, two bytes), and each row's candidates go to all (8 bytes each).
         exchanged = 4.0 * settings.batch * d_in
         if family(settings.architecture) == "sparse":
-            exchanged += 8.0 * settings.batch * settings.sizes["k"] * gpus
+            exchanged += 8.0 * settings.batch * settings.mean_k * gpus
         seconds["links"] = exchanged / link if link else 0.0
     return Parts(seconds)
 
@@ -243,12 +243,12 @@ def _step_memory(settings: Training, d_in: int, kind: str, shards: int, rows: in
     if family(settings.architecture) == "sparse":
         # A GPU has not the gradients yet while it has pre-activations, nor most of what a batch comes to.
         early = gradients + 16 * batch * d_in if kind == "cuda" else 0
-        wide = max(entry * at_once + 24 * batch * int(settings.sizes["k"]) - early, 0)
+        wide = max(entry * at_once + 24 * batch * int(settings.largest_k) - early, 0)
         m = math.ceil(DEAD * d_sae)
         dead = 2 * entry * batch * m + (4 + entry) * m * d_in
     elif family(settings.architecture) == "pursuit":
         # A gradient for each pick, in float32, twice while they are summed by latent; products of some rows.
-        wide = entry * at_once + 8 * batch * int(settings.sizes["k"]) * d_in
+        wide = entry * at_once + 8 * batch * int(settings.largest_k) * d_in
     else:
         # pre, z and the gradient; a CPU makes them in several steps (fewer where few entries count: `sae.entries`).
         wide = (3 if kind == "cuda" else 6) * entry * batch * d_sae

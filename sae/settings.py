@@ -167,10 +167,24 @@ class Training:
             return self.k_from
         return min(round(times * self.sizes["k"]), self.sizes["d_sae"])
 
+    @property
+    def largest_k(self) -> float:
+        """The largest k of all steps; 0 where there is no k."""
+        return float(max(self.sizes.get("k", 0), self.first_k or 0))
+
+    @property
+    def mean_k(self) -> float:
+        """The mean k of all steps; 0 where there is no k."""
+        k = self.sizes.get("k", 0)
+        return float(k if self.first_k is None else k + (self.first_k - k) * self._k_share / 2)
+
+    @property
+    def _k_share(self) -> float:
+        return REGISTRY[self.architecture].k_anneal if self.k_anneal is None else self.k_anneal
+
     def k_at(self, step: int) -> int | None:
         """k of the step while it is annealed; None: the config's."""
-        share = REGISTRY[self.architecture].k_anneal if self.k_anneal is None else self.k_anneal
-        span, first = share * self.n_steps, self.first_k
+        span, first = self._k_share * self.n_steps, self.first_k
         if first is None or step >= span:
             return None
         return round(first + (self.sizes["k"] - first) * step / max(math.ceil(span) - 1, 1))  # k at the last of them

@@ -336,9 +336,10 @@ def _opened(
             at = partial(_at, run, sources, plan.roles)
             rows_at[plan.rows] = rows_for(plan, at)
         held = mesh.part(plan.config(width_read(plan, rows_at[plan.rows])).d_sae)
-        if (k := max(plan.sizes.get("k", 0), plan.first_k or 0)) > held.stop - held.start:
+        n_held = held.stop - held.start
+        if plan.largest_k > n_held:
             raise InputError(
-                f"k={k} is more than the {held.stop - held.start} latents of a part: share them between fewer GPUs."
+                f"k={plan.largest_k:g} is more than the {n_held} latents of a part: share them between fewer GPUs."
             )
         if plan.batch % mesh.n_rows:
             raise InputError(f"A batch of {plan.batch} rows cannot be shared by {mesh.n_rows} ranks: change --batch.")

@@ -14,9 +14,8 @@ dictionary's on the same sets with a bootstrap interval. One JSON line a diction
 
 import argparse
 import importlib
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,8 @@ from sae import sparse
 from sae.evals.labelled import kept_rows, labelled_sets, rows_path, sets_folder
 from sae.evals.probing import paired, sparse_aucs, split
 from sae.evals.splice_loss import splice_losses
+from sae.settings import Training
+from tests.benchmarks.lines import give_out
 from tests.benchmarks.peers.peer import Setting
 from tests.benchmarks.synthetic.dictionaries import Fields, Ours, Preset, plan_of
 
@@ -52,13 +53,22 @@ class Trained(NamedTuple):
         return sparse.to_sparse(self.recon(x)[1])
 
 
-def train(args: argparse.Namespace, cache: CachedActivations, seed: int) -> list[Trained]:
+def plans_of(args: argparse.Namespace, d_in: int, seed: int) -> list[tuple[str, Training]]:
+    """What `--ours` asks for. Raises InputError for what cannot be."""
+    preset = Preset(WorldConfig(d_in=d_in), args.d_sae, args.k, args.batch, 0.0, [], args.steps * args.batch, 0)
+    plans = [(name, plan_of(name, preset, preset.n_samples, seed, args.device)) for name in args.ours]
+    for _, plan in plans:
+        plan.config(d_in)
+    return plans
+
+
+def train(
+    args: argparse.Namespace, cache: CachedActivations, plans: Sequence[tuple[str, Training]], seed: int
+) -> list[Trained]:
     """All dictionaries of one seed."""
     scale, d_in = scale_of(cache.moments), cache.d_in
     batches = Shuffled(cache, batch=args.batch, seed=seed, device=torch.device(args.device)).batches()
     rows = (parts[cache.hook].to(args.device, torch.float32) * scale for parts, _ in batches)
-    preset = Preset(WorldConfig(d_in=d_in), args.d_sae, args.k, args.batch, 0.0, [], args.steps * args.batch, 0)
-    plans = [(name, plan_of(name, preset, preset.n_samples, seed, args.device)) for name in args.ours]
     first = torch.cat([next(rows) for _ in range(math.ceil(FIRST_ROWS / args.batch))])
     ours = Ours(plans, first) if plans else None
     shape = {"d_in": d_in, "d_sae": args.d_sae, "k": round(args.k), "batch": args.batch, "n_steps": args.steps}
@@ -133,6 +143,32 @@ def probed(
     return found
 
 
+def run(args: argparse.Namespace) -> Iterator[Fields]:
+    """A row for each dictionary."""
+    where = Run.open(args.run)
+    cache = where.activations(args.hook)
+    plans = {seed: plans_of(args, cache.d_in, seed) for seed in args.seeds}  # what is wrong in them is said first
+    model = None
+    if args.contexts or args.probing:
+        model = load_model(where.model_name, dtype=where.meta["model_dtype"], device=args.device)
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    for seed in args.seeds:
+        trained = train(args, cache, plans[seed], seed)
+        rows: list[Fields] = [{**each.about, **held_out(cache, each, args.device)} for each in trained]
+        if model is not None and args.contexts:
+            costs, n_tokens = losses(model, cache, trained, args.contexts)
+            for row, cost in zip(rows, costs, strict=True):
+                row |= {"delta_ce": cost, "ce_tokens": n_tokens}
+        if model is not None and args.probing:
+            scores = probed(args, where, model, cache, trained)
+            for row, own in zip(rows, scores, strict=True):
+                difference = paired(np.array(own) - np.array(scores[0]), rows[0]["name"], "16", 0)
+                row |= {"auc_16": float(np.mean(own)), "sets": len(own), "over_the_first": difference.value}
+                row |= {"lo": difference.lo, "hi": difference.hi}
+        for row in rows:
+            yield {**row, "steps": args.steps, "batch": args.batch, "hardware": hardware}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
@@ -151,27 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(argv)
     args.peers = [name for name in args.peers.split(",") if name]
-    run = Run.open(args.run)
-    cache = run.activations(args.hook)
-    model = None
-    if args.contexts or args.probing:
-        model = load_model(run.model_name, dtype=run.meta["model_dtype"], device=args.device)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    for seed in args.seeds:
-        trained = train(args, cache, seed)
-        rows: list[Fields] = [{**each.about, **held_out(cache, each, args.device)} for each in trained]
-        if model is not None and args.contexts:
-            costs, n_tokens = losses(model, cache, trained, args.contexts)
-            for row, cost in zip(rows, costs, strict=True):
-                row |= {"delta_ce": cost, "ce_tokens": n_tokens}
-        if model is not None and args.probing:
-            scores = probed(args, run, model, cache, trained)
-            for row, own in zip(rows, scores, strict=True):
-                difference = paired(np.array(own) - np.array(scores[0]), rows[0]["name"], "16", 0)
-                row |= {"auc_16": float(np.mean(own)), "sets": len(own), "over_the_first": difference.value}
-                row |= {"lo": difference.lo, "hi": difference.hi}
-        for row in rows:
-            print(json.dumps({**row, "steps": args.steps, "batch": args.batch, "hardware": hardware}), flush=True)
+    give_out(run(args))
 
 
 if __name__ == "__main__":

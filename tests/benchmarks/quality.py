@@ -25,11 +25,9 @@ features (each with its transpose as encoder, and BatchTopK), and the true codes
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -38,12 +36,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from activations.errors import InputError
 from activations.run import versions
 from data.planted import WorldConfig
 from sae.evals.truth import truth
 from sae.registry import REGISTRY
 from sae.settings import Training
+from tests.benchmarks.lines import count, give_out, note, numbers
 from tests.benchmarks.synthetic.dictionaries import Fields, Group, Ours, Preset, Theirs, View, controls, plan_of
 from tests.benchmarks.synthetic.samples import Samples
 
@@ -190,19 +188,6 @@ def saelens_version() -> str | None:
         return None
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def count(text: str) -> int:
-    """ "1.5M" as 1500000."""
-    return round(float(text.rstrip("kMB")) * {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1))
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def names(text: str) -> list[str]:
     return [part for part in (text.split(";") if ":" in text else re.split("[;,]", text)) if part]
 
@@ -244,18 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     changes = {"k": args.k, "d_sae": args.d_sae, "n_samples": args.samples, "n_eval": args.eval_samples}
     preset = PRESETS[args.preset]._replace(**{name: value for name, value in changes.items() if value})
-    rows = []
-    for seed in args.worlds:
-        try:
-            for row in run_world(args, preset, seed):
-                row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        print(json.dumps(row), file=file)
-        except InputError as error:
-            raise SystemExit(f"Error: {error}") from None
+    rows = give_out((row for seed in args.worlds for row in run_world(args, preset, seed)), args.out)
     note(table(rows))
 
 

@@ -16,9 +16,7 @@ A seed says the wiring, the cells, the representation and the dictionary.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from sae.evals.controls import projection, random_dictionary
 from sae.evals.recovery import RECOVERED, correlation, recovery, redundant
 from sae.registry import REGISTRY
 from sae.settings import Training
+from tests.benchmarks.lines import count, give_out, note, numbers
 from tests.benchmarks.synthetic.dictionaries import Fields, Ours, View, parsed
 
 STANDARD = ["topk:k=4", "topk:k=16", "topk:k=32", "standard:target_l0=16"]
@@ -214,19 +213,6 @@ def _cell(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def count(text: str) -> int:
-    """ "500k" as 500000."""
-    return round(float(text.rstrip("kM")) * {"k": 1e3, "M": 1e6}.get(text[-1], 1))
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=numbers, default=[20, 100], help="of the representation, such as 20,100")
@@ -252,18 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = []
-    try:
-        for seed in args.seeds:
-            for row in run_seed(args, seed):
-                row = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        print(json.dumps(row), file=file)
-    except InputError as error:
-        raise SystemExit(f"Error: {error}") from None
+    rows = give_out((row for seed in args.seeds for row in run_seed(args, seed)), args.out)
     note(table(rows))
 
 

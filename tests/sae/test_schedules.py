@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_k_falls_in_a_straight_line_where_every_place_is_filled(rows):
         stepper.step(rows[:BATCH])
         seen.append(stepper.figures()["l0"])
     assert seen == [round(43 - 40 * step / 39) for step in range(40)] + [3] * 20
+
+
+def test_a_run_that_says_nothing_starts_where_the_registry_says():
+    sizes = {"d_sae": 64, "k": 4}
+    plan = Training(architecture="matryoshka", hook=HOOK, sizes=sizes, n_tokens=100 * BATCH, batch=BATCH)
+    assert [plan.k_at(step) for step in (0, 49, 50)] == [12, 4, None]
+    assert (plan.largest_k, plan.mean_k) == (12, 4 + 8 * 0.5 / 2)
+    for wide in (replace(plan, k_from=4), replace(plan, architecture="topk")):
+        assert wide.k_at(0) in (4, None)
+        assert (wide.largest_k, wide.mean_k) == (4, 4)
+    jump = replace(plan, architecture="jumprelu", sizes={"d_sae": 64, "target_l0": 4})
+    assert [jump.penalty_at(step) for step in (0, 39, 79)] == [1 / 80, 0.5, 1.0]
+    assert replace(jump, sparsity_warmup=0.0).penalty_at(0) == 1.0
+    assert replace(jump, sizes={**jump.sizes, "weight": 0.1}).penalty_at(0) == 1.0, "a fixed weight has none unasked"
 
 
 def test_l0_falls_slowly_while_a_penalty_warms_up_and_ends_at_the_target_all_the_same(run):
