@@ -89,13 +89,14 @@ class Stepper:
         self.terms = {"loss": loss.total.detach(), **loss.terms, "grad_norm": self.optimizer.norm}
 
     def _parts_of(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, target and gradient."""
-        x = row[:, : self.sae.d_in]
-        gradient = row[:, -self.sae.d_in :] if self.sae.weighs_gradient else None
+        """x, target and gradient, each in a memory of its own: kernels read whole rows."""
+        x = row[:, : self.sae.d_in].contiguous()
+        gradient = row[:, -self.sae.d_in :].contiguous() if self.sae.weighs_gradient else None
         if self.base is not None:
             return x, self.base.error(x), gradient
-        target = row[:, self.sae.d_in : self.sae.d_in + self.sae.d_out] if self.sae.target == "hook" else x
-        return x, target, gradient
+        if self.sae.target == "hook":
+            return x, row[:, self.sae.d_in : self.sae.d_in + self.sae.d_out].contiguous(), gradient
+        return x, x, gradient
 
     def recount(self) -> None:
         """Count the dead latents. What a step sees of them changes only here."""
