@@ -127,6 +127,7 @@ def losses(
     return [float(found.ce[str(i)].mean()) - clean for i in range(len(trained))], found.n_tokens
 
 
+@torch.no_grad()
 def probed(
     args: argparse.Namespace, run: Run, model: Model, cache: CachedActivations, trained: Sequence[Trained]
 ) -> list[list[float]]:

@@ -70,6 +70,7 @@ class Trainer(Peer):
             device=setting.device,
             autocast=setting.dtype == "autocast",
             dead_feature_window=max(steps // 10, 1),
+            feature_sampling_window=steps + 1,  # of a log that nobody reads
         )
         self.trainer: Any = SAETrainer(cfg=config, sae=self.sae, data_provider=iter(()))
         self.sae.to(setting.device)

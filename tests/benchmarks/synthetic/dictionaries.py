@@ -123,8 +123,13 @@ def plan_of(text: str, preset: Preset, n_samples: int, seed: int, device: str) -
         fields[sparsity] = fields.pop("k")
     matmul = str(fast_dtype(torch.device(device))).removeprefix("torch.") if device != "cpu" else "float32"
     chosen = {"batch": preset.batch, "matmul": matmul, "seed": seed, **chosen}
-    sizes = {"d_sae": preset.d_sae, sparsity: preset.k, **fields}
+    sizes = {"d_sae": preset.d_sae, sparsity: _whole(preset.k), **fields}
     return Training(architecture=arch, hook="", sizes=sizes, n_tokens=n_samples, **chosen)
+
+
+def _whole(k: float) -> float:
+    """k, as an int where it is one: TopK takes no other."""
+    return int(k) if k == int(k) else k
 
 
 def parsed(text: str) -> tuple[str, Fields]:
@@ -162,7 +167,7 @@ class Theirs:
 
 def _peer_sizes(arch: str, preset: Preset) -> Fields:
     """What SAELens' dictionaries are built with, where its defaults are not for these worlds."""
-    k = int(preset.k) if preset.k == int(preset.k) else preset.k
+    k = _whole(preset.k)
     if arch == "matryoshka":
         return {"k": k, "matryoshka_widths": list(preset.widths), "use_matryoshka_aux_loss": True}
     if arch == "jumprelu":
