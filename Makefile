@@ -3,6 +3,8 @@ PYTHON ?= python3
 PIP := --quiet --constraint .ci/constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, a file of tests in one of them: fixtures of a file are made once.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
 .PHONY: demo install test test-slow lint types clean
@@ -21,10 +23,10 @@ $(STAMP): pyproject.toml Makefile .ci/constraints.txt
 	@touch $(STAMP)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .
