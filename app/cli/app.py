@@ -28,13 +28,14 @@ START_SECONDS = 60.0
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every network.")
 @click.option("--open/--no-open", "open_browser", default=False, show_default=True, help="Open the page in a browser.")
 def command(runs_dir: Path, port: int, host: str, open_browser: bool) -> None:
-    """Open the workbench on the runs in RUNS_DIR (by default ./runs).
+    """Open the workbench on the runs in RUNS_DIR (by default ./runs); where there are none, on those that ship with it.
 
     Example: sae app runs --port 8600
     """
     if runs_dir.exists() and not runs_dir.is_dir():
         raise click.ClickException(f"{runs_dir} is a file, expected the folder that holds the runs: give its parent.")
     refuse_busy_port(host, port)
+    runs_dir = _or_shipped(runs_dir)
     address = f"http://{_in_address(_reachable(host))}:{port}"
     signal.signal(signal.SIGTERM, _leave)
     server = subprocess.Popen(server_command(host, port), env=server_environment(runs_dir))
@@ -50,6 +51,18 @@ def command(runs_dir: Path, port: int, host: str, open_browser: bool) -> None:
         stop(server)
     if status != 0:
         raise click.ClickException(f"The server stopped with status {status}: see its output above.")
+
+
+def _or_shipped(runs_dir: Path) -> Path:
+    """`runs_dir`, or the runs that ship where it has none."""
+    from app.runs import list_runs, shown_path
+
+    if list_runs(runs_dir):
+        return runs_dir
+    from sae.shipped import shipped_runs
+
+    click.echo(f"No run in {shown_path(runs_dir)} yet: these ship with the workbench. `sae demo` makes one of your own.")
+    return shipped_runs()
 
 
 def server_command(host: str, port: int) -> list[str]:
