@@ -154,23 +154,24 @@ def losses(
     hook: str,
     contexts: Sequence[Int[Tensor, " _time"]],
     deltas: Sequence[Float[Tensor, "_time d"]] | None,
+    batch: int = _BATCH,
 ) -> list[Float[Tensor, " _predicted"]]:
     """Cross-entropy of the tokens from the third on (position 0 is never edited) in each context, nats.
 
-    deltas: what is added to the activations at the hook; None for nothing.
+    deltas: what is added to the activations at the hook; None for nothing. batch: contexts of a forward pass.
     """
     found = []
-    for first in range(0, len(contexts), _BATCH):
-        batch = contexts[first : first + _BATCH]
-        ids = pad_sequence(list(batch), batch_first=True).to(model.device)  # on the right: no real token sees it
+    for first in range(0, len(contexts), batch):
+        here = contexts[first : first + batch]
+        ids = pad_sequence(list(here), batch_first=True).to(model.device)  # on the right: no real token sees it
         if deltas is None:
             logits = model(ids)
         else:
-            added = pad_sequence(list(deltas[first : first + _BATCH]), batch_first=True).to(model.device)
+            added = pad_sequence(list(deltas[first : first + batch]), batch_first=True).to(model.device)
             with replace(model, hook, _adds(added)):
                 logits = model(ids)
         ce = cross_entropy(logits[:, 1:-1].float().transpose(1, 2), ids[:, 2:], reduction="none").cpu()
-        found += [row[: max(len(own) - 2, 0)].clone() for row, own in zip(ce, batch, strict=True)]
+        found += [row[: max(len(own) - 2, 0)].clone() for row, own in zip(ce, here, strict=True)]
     return found
 
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "eval": "Measure a dictionary.",
     "index": "Build the feature store.",
     "label": "Explain features and score the explanations.",
+    "search": "Find features by label, token, prompt or another feature.",
     "steer": "Base and steered text side by side.",
     "families": "Find families of latents that fire together.",
     "retrieve": "Search a corpus by meaning, with latents of the query raised or lowered.",

@@ -29,3 +29,5 @@ from data.store.schema import Summary as Summary
 from data.store.schema import TokenCount as TokenCount
 from data.store.schema import TokenValue as TokenValue
 from data.store.schema import Window as Window
+from data.store.search import Facts as Facts
+from data.store.search import Filters as Filters

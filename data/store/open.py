@@ -7,7 +7,7 @@ whenever the list of parts has changed: what another process adds is there at th
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +54,7 @@ class Store:
             folder / "explanations", Explanation, ["feature", "pole", "source", "explainer", "model"]
         )
         self._scores = Parts(folder / "scores", Score, ["explanation_id", "scorer"])
-        self._listings: object = None
+        self._listings: Hashable = None
         self._vocab: list[bytes] | None = None
         self._ids: dict[str, list[int]] | None = None
         self._connection = self._attach()
@@ -201,6 +201,12 @@ class Store:
         """One line for each damaged part, whose rows are missing from what is read."""
         self._refresh()
         return [*self._explanations.warnings.values(), *self._scores.warnings.values()]
+
+    @property
+    def state(self) -> Hashable:
+        """Which explanations and scores are read: where it is equal, answers are."""
+        self._refresh()
+        return self._listings
 
     @property
     def replaced(self) -> bool:
