@@ -1,5 +1,7 @@
 """The own-text test: what the feature does on a text that the reader types, shown above the stored windows."""
 
+from typing import TYPE_CHECKING
+
 import streamlit as st
 
 from activations.errors import InputError
@@ -10,6 +12,9 @@ from app.parts.markup import esc
 from app.parts.strip import Row, number, rows_html
 from app.runs import Dictionary
 from data.store import Feature
+
+if TYPE_CHECKING:
+    from autointerp.search.prompt import Reading
 
 KEY = "own_text"
 EXAMPLE = "The quick brown fox jumps over the lazy dog."
@@ -57,12 +62,11 @@ def result_html(pieces: list[str], acts: list[float], feature: Feature, cut: boo
     )
 
 
-def _read(dictionary: Dictionary, text: str) -> models.Reading:
+def _read(dictionary: Dictionary, text: str) -> "Reading":
     """The reading of the last text of this session, so that going through features does not run the model again."""
     key = (dictionary.address, text)
     if st.session_state.get("own_reading_key") != key:
         st.session_state["own_reading"] = models.read_text(dictionary, text)
         st.session_state["own_reading_key"] = key
-    reading = st.session_state["own_reading"]
-    assert isinstance(reading, models.Reading)
+    reading: Reading = st.session_state["own_reading"]
     return reading

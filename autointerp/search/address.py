@@ -1,32 +1,17 @@
-"""One search from an address and a text: opens and loads what the way of asking needs."""
+"""One search from an address and a text: opens and loads what the way of asking needs, and nothing else."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from activations import load_model
-from activations.embedder import load_embedder
 from activations.errors import InputError
-from activations.model import Model, pick_device
-from activations.run import Run
-from autointerp.search.found import LIMIT, Found, check_labels, check_rank
-from autointerp.search.meaning import LabelVectors, by_meaning
-from autointerp.search.prompt import CANDIDATES, by_prompt
-from autointerp.search.prompt import RANKS as PROMPT_RANKS
-from autointerp.search.similar import RANKS as FEATURE_RANKS
-from autointerp.search.similar import by_feature
-from autointerp.search.stored import TOKEN_RANKS, by_token, by_words
-from data.store import open_store
+from autointerp.search.found import CANDIDATES, LIMIT, RANKS, Found, check_labels, check_rank
+from autointerp.search.stored import by_token, by_words
+from data.store import Store, open_store
 from data.store.search import ALL, Filters
-from sae.base import SAE
-from sae.files import load_sae
 
-WAYS: dict[str, tuple[str, ...]] = {
-    "words": (),
-    "meaning": (),
-    "token": TOKEN_RANKS,
-    "prompt": PROMPT_RANKS,
-    "feature": FEATURE_RANKS,
-}
-"""Ways to ask, and the orders that each has, the usual one first; none where there is only one."""
+if TYPE_CHECKING:  # torch takes seconds to import, and words and tokens are found without
+    from activations import Model
+    from sae import SAE
 
 
 def search(
@@ -43,47 +28,62 @@ def search(
     """Features of a dictionary (RUN, RUN/ID or its folder) that fit `text`.
 
     by: 'words' or 'meaning' of the labels; 'token' they fire on; 'prompt', a text they fire on; 'feature', the number
-    of one that they are like. rank: see `WAYS`; None for the usual order. candidates: features whose loss effect is
+    of one that they are like. rank: see `RANKS`; None for the usual order. candidates: features whose loss effect is
     measured.
     Raises InputError or StoreError, one line, for what is missing: an index, labels, the model.
     """
-    if by not in WAYS:
-        raise InputError(f"by={by!r} is no way to search: expected one of {', '.join(WAYS)}.")
-    if rank is None:
-        rank = next(iter(WAYS[by]), "")
-    elif not WAYS[by]:
-        raise InputError(f"A search by {by} has one order: leave out rank={rank!r}.")
-    else:
-        check_rank(rank, WAYS[by], by)
+    if by not in RANKS:
+        raise InputError(f"by={by!r} is no way to search: expected one of {', '.join(RANKS)}.")
+    rank = RANKS[by][0] if rank is None else rank
+    check_rank(rank, by)
     with open_store(address) as store:
         if by == "words":
             return by_words(store, text, filters=filters, limit=limit)
         if by == "token":
             return by_token(store, text, rank=rank, filters=filters, limit=limit)
-        if by == "feature":
-            number = text.strip()
-            if not (number.isascii() and number.isdecimal() and len(number) < 10):
-                raise InputError(f"{text!r} is no feature number: expected 0 to {store.n_features - 1}.")
-            where = str(pick_device(device))
-            return by_feature(
-                store,
-                lambda: load_sae(store.folder, device=where),
-                int(number),
-                rank=rank,
-                filters=filters,
-                limit=limit,
-            )
         if by == "meaning":
-            check_labels(store)  # before the embedder is loaded
-            vectors = LabelVectors(store, load_embedder(device=device))
-            return by_meaning(vectors, text, filters=filters, limit=limit)
-        sae = load_sae(store.folder, device=str(pick_device(device)))
-        model = _model_of(store.folder, sae, "float32" if rank == "loss" else None, device)
-        return by_prompt(store, sae, model, text, rank=rank, filters=filters, limit=limit, candidates=candidates)
+            return _by_meaning(store, text, filters, limit, device)
+        if by == "feature":
+            return _by_feature(store, text, rank, filters, limit, device)
+        return _by_prompt(store, text, rank, filters, limit, candidates, device)
 
 
-def _model_of(folder: Path, sae: SAE, dtype: str | None, device: str) -> Model:
+def _by_meaning(store: Store, text: str, filters: Filters, limit: int, device: str) -> Found:
+    check_labels(store)  # before anything is loaded
+    from activations.embedder import load_embedder
+    from autointerp.search.meaning import LabelVectors, by_meaning
+
+    return by_meaning(LabelVectors(store, load_embedder(device=device)), text, filters=filters, limit=limit)
+
+
+def _by_feature(store: Store, text: str, rank: str, filters: Filters, limit: int, device: str) -> Found:
+    number = text.strip()
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        raise InputError(f"{text!r} is no feature number: expected 0 to {store.n_features - 1}.")
+    from autointerp.search.similar import by_feature
+
+    return by_feature(store, lambda: _dictionary(store, device), int(number), rank=rank, filters=filters, limit=limit)
+
+
+def _by_prompt(store: Store, text: str, rank: str, filters: Filters, limit: int, candidates: int, device: str) -> Found:
+    from autointerp.search.prompt import by_prompt
+
+    sae = _dictionary(store, device)
+    model = _model(store.folder, sae, "float32" if rank == "loss" else None, device)
+    return by_prompt(store, sae, model, text, rank=rank, filters=filters, limit=limit, candidates=candidates)
+
+
+def _dictionary(store: Store, device: str) -> "SAE":
+    from activations.model import pick_device
+    from sae import load_sae
+
+    return load_sae(store.folder, device=str(pick_device(device)))
+
+
+def _model(folder: Path, sae: "SAE", dtype: str | None, device: str) -> "Model":
     """The dictionary's model; dtype None: the precision that the run's activations were taken in."""
+    from activations import Run, load_model
+
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == "dictionaries" and (run / "run.json").is_file():
         opened = Run.open(run)

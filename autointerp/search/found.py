@@ -2,14 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from activations.errors import InputError
 from data.store import Store
 from data.store.files import short_address
 from data.store.search import ALL, Facts, Filters
-from sae.base import SAE
+
+if TYPE_CHECKING:
+    from sae.base import SAE
 
 LIMIT = 20
+CANDIDATES = 50
+"""Features whose loss effect is measured, unless the caller says otherwise."""
+RANKS = {
+    "words": ("words",),
+    "meaning": ("cosine",),
+    "token": ("firings", "value"),
+    "prompt": ("activation", "rarity", "loss"),
+    "feature": ("cosine", "phi", "jaccard"),
+}
+"""Ways to ask, and the orders that each has, the usual one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +48,7 @@ class Found:
     """The dictionary; a feature's own address is this, a slash and its number."""
     hook: str
     by: str
-    """'words', 'meaning', 'token', 'prompt' or 'feature'."""
+    """The way it was asked, of `RANKS`."""
     query: str
     rank: str
     """What it is ordered by."""
@@ -81,10 +94,10 @@ def found(
     )
 
 
-def check_rank(rank: str, ranks: Sequence[str], by: str) -> None:
+def check_rank(rank: str, by: str) -> None:
     """Raise InputError for an order that this way of asking does not have."""
-    if rank not in ranks:
-        raise InputError(f"rank={rank!r} is no order of a search by {by}: expected one of {', '.join(ranks)}.")
+    if rank not in RANKS[by]:
+        raise InputError(f"rank={rank!r} is no order of a search by {by}: expected {' or '.join(RANKS[by])}.")
 
 
 def check_limit(limit: int) -> None:
@@ -111,7 +124,7 @@ def check_labels(store: Store) -> None:
         raise InputError(f"{address} has no labels yet: make some with `sae label {address} --explainer lexical`.")
 
 
-def check_dictionary(store: Store, sae: SAE) -> None:
+def check_dictionary(store: Store, sae: "SAE") -> None:
     """Raise InputError, with the command that mends it, when the store is of another dictionary."""
     if store.n_features != sae.d_sae:
         address = short_address(store.folder)

@@ -28,7 +28,9 @@ FILE = "label_vectors.safetensors"
 _HASH = 16
 """Bytes of a text's SHA-256 that name it."""
 _SAVED = 8192
-"""Labels that are embedded between two savings, a minute's work or so on a CPU."""
+"""Labels that are embedded between two savings, a minute or two on a CPU."""
+_BAR = 1024
+"""Labels between two steps of the bar; those of like length are put together within them."""
 _PIECE = 16384
 """Vectors that are widened to float32 at once: their half precision is for the disk, few CPUs multiply it fast."""
 
@@ -84,8 +86,8 @@ class LabelVectors:
         with tqdm(total=len(missing), desc="embedding labels", unit="label", disable=None) as bar:
             for first in range(0, len(missing), _SAVED):
                 rows = missing[first : first + _SAVED]
-                for at in range(0, len(rows), 256):
-                    piece = rows[at : at + 256]
+                for at in range(0, len(rows), _BAR):
+                    piece = rows[at : at + _BAR]
                     vectors[piece] = self.embedder.embed([texts[keys[row]] for row in piece]).half()
                     bar.update(len(piece))
                 done += rows

@@ -5,8 +5,8 @@ other, so that none of the caller's should stand there. Sinks count nowhere else
 
 The loss effect of a feature is in delta form: -z_i d_i is added to the activations of all tokens of the text at once,
 and what the dictionary does not explain stays. It takes a forward pass of the text for each feature, so only the
-strongest few are measured. The model has to be in float32: rounding in half precision moves the loss about as much as
-most features do.
+strongest few are measured. The model has to be in float32: on a sentence of 27 tokens of the embedded model, bfloat16
+moves the loss by 0.005 nats where the median of fifty features is 0.011.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,24 @@ from activations.errors import InputError
 from activations.model import Model
 from activations.splice import read
 from autointerp.loss_effect import losses
-from autointerp.search.found import LIMIT, Found, Hit, check_dictionary, check_limit, check_rank, check_text, found
+from autointerp.search.found import (
+    CANDIDATES,
+    LIMIT,
+    Found,
+    Hit,
+    check_dictionary,
+    check_limit,
+    check_rank,
+    check_text,
+    found,
+)
 from data.store import Store
 from data.store.search import ALL, Facts, Filters, facts_of
 from data.tokens import separator_of
 from sae.base import SAE
 
-RANKS = ("activation", "rarity", "loss")
 LONGEST = 2048
 """Tokens of a text that are read at most."""
-CANDIDATES = 50
-"""Features whose loss effect is measured, unless the caller says otherwise."""
 _TOKENS = 2048
 """Tokens of one batched forward: their logits are a vocabulary wide."""
 
@@ -123,7 +130,7 @@ def by_prompt(
     Raises InputError for an empty text, a store of another dictionary, and 'loss' with a model in half precision.
     """
     check_limit(limit)
-    check_rank(rank, RANKS, "prompt")
+    check_rank(rank, "prompt")
     check_text(text)
     check_dictionary(store, sae)
     if rank == "loss" and model.dtype != torch.float32:

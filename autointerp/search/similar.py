@@ -18,11 +18,10 @@ from data.store import Store
 from data.store.search import ALL, FEWEST, Filters, facts_of, together
 from sae.base import SAE
 
-RANKS = ("cosine", "phi", "jaccard")
 _PIECE = 16384
 _DEFINITIONS = {
     "cosine": "cosine of the decoder rows",
-    "phi": "correlation of the two firing or not",
+    "phi": "correlation of the two firing or not, over {of}",
     "jaccard": "{of} on which both fire as a share of those on which either does",
     "n": "{of} on which both fire",
 }
@@ -44,7 +43,7 @@ def by_feature(
     Raises InputError for a number that is no feature's.
     """
     check_limit(limit)
-    check_rank(rank, RANKS, "feature")
+    check_rank(rank, "feature")
     if not 0 <= number < store.n_features:
         raise InputError(f"There is no feature {number}: expected 0 to {store.n_features - 1}.")
     of, notes = "tokens", list[str]()

@@ -5,7 +5,6 @@ from data.store import Store
 from data.store.read import token_text
 from data.store.search import ALL, Filters, on_token, with_words
 
-TOKEN_RANKS = ("firings", "value")
 _OTHERWISE = "try --by meaning, fewer words, or --by prompt with a text in which they occur"
 
 
@@ -23,7 +22,7 @@ def by_words(store: Store, text: str, *, filters: Filters = ALL, limit: int = LI
         store,
         by="words",
         query=text,
-        rank="whole words",
+        rank="words",
         hits=[Hit(facts=facts, numbers={"words": float(whole)}) for facts, whole in rows],
         total=total,
         definitions={"words": "words of the search that are whole words of the label; the others begin one"},
@@ -40,7 +39,7 @@ def by_token(store: Store, text: str, *, rank: str = "firings", filters: Filters
     Raises InputError for an empty text.
     """
     check_limit(limit)
-    check_rank(rank, TOKEN_RANKS, "token")
+    check_rank(rank, "token")
     query = check_text(text)
     ids = store.ids_of(query)
     rows, total = on_token(store, ids, filters, order=rank, limit=limit)
