@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from activations.errors import InputError
 from data.store import Store
 from data.store.files import short_address
-from data.store.search import ALL, Facts, Filters
+from data.store.search import ALL, Facts, Filters, has_labels
 
 if TYPE_CHECKING:
     from sae.base import SAE
@@ -119,7 +119,7 @@ def check_text(text: str) -> str:
 
 def check_labels(store: Store) -> None:
     """Raise InputError, with the command that makes them, when the store has no labels."""
-    if store.summary().n_explained == 0:
+    if not has_labels(store):
         address = short_address(store.folder)
         raise InputError(f"{address} has no labels yet: make some with `sae label {address} --explainer lexical`.")
 

@@ -15,6 +15,16 @@ def store_folder(address: str | Path) -> Path:
     Raises StoreError, with the choices, when there is none or more than one.
     """
     path = Path(address)
+    try:
+        return _folder_of(path)
+    except OSError as error:  # a name that no file can have, or a folder that may not be looked into
+        reason = error.strerror or str(error)
+        raise StoreError(
+            f"{path} cannot be looked up ({reason}): expected RUN, RUN/ID, or a folder with cfg.json"
+        ) from None
+
+
+def _folder_of(path: Path) -> Path:
     if (path / "cfg.json").is_file() or (path / STORE_FILE).is_file():
         return path
     if (path / "dictionaries").is_dir():

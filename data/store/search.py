@@ -144,6 +144,11 @@ def label_texts(store: "Store") -> list[tuple[str, str]]:
     return [(id, text) for id, text in store.query("SELECT id, text FROM explanations ORDER BY feature, place")]
 
 
+def has_labels(store: "Store") -> bool:
+    """Whether any feature has an explanation."""
+    return bool(store.query("SELECT 1 FROM explanations LIMIT 1"))
+
+
 def with_words(
     store: "Store", words: Sequence[str], filters: Filters = ALL, *, limit: int = 20
 ) -> tuple[list[tuple[Facts, int]], int]:
