@@ -79,7 +79,10 @@ def test_a_token_and_its_features_agree_with_the_store(run):
             feature = store.feature(hit["facts"]["feature"])
             profile = store.profile(feature.feature)
             tokens = {t.id: t for t in [*feature.top_tokens, *profile.strong_tokens] if t.id in ids}
-            assert hit["numbers"]["n"] == sum(t.n for t in tokens.values())
+            n = sum(t.n for t in tokens.values())
+            assert hit["numbers"]["n"] == n
+            assert hit["numbers"]["of_token"] == pytest.approx(n / sum(t.n / t.share for t in tokens.values()))
+            assert hit["numbers"]["of_firings"] == pytest.approx(n / feature.n_active)
     assert "'" in done("search", run, "the", "--by", "token", "--rank", "value", "--limit", 3).splitlines()[1]
 
 
