@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.search import lines
-from autointerp.search import Found, Hit
+from app.cli.search import command, lines
+from autointerp.search.found import RANKS, Found, Hit
 from data.store import Explanation, Facts, open_store
 from tests.app.test_cli_steer import sae_command
 from tests.data.test_store_search import ATTACKS
@@ -144,6 +144,15 @@ def test_what_is_missing_names_its_command(run, small_run, tmp_path):
     assert "expected firings or value" in wrong(run, "the", "--by", "token", "--rank", "loss")
     assert sae_command("search", run).exit_code == 2
     assert sae_command("search", run, "x", "--by", "magic").exit_code == 2
+
+
+def test_the_command_offers_every_way_to_ask_and_names_every_order():
+    (by,) = [option for option in command.params if option.name == "by"]
+    (rank,) = [option for option in command.params if option.name == "rank"]
+    assert list(by.type.choices) == list(RANKS)
+    for way, ranks in RANKS.items():
+        if len(ranks) > 1:
+            assert f"{way}: {', '.join(ranks[:-1])} or {ranks[-1]}." in rank.help
 
 
 def test_a_feature_without_numbers_or_label_has_dashes():
