@@ -1,7 +1,7 @@
 """The runs that ship with the package: dictionaries with stores and explanations, without their activations.
 
-They are copied into the user's cache once, since labels and notes are written beside a store. data/samples/runs/README.md
-says how they were made and what they reach.
+They are copied into the user's cache once, since labels and notes are written beside a store.
+data/samples/runs/README.md says how they were made and what they reach.
 """
 
 import hashlib

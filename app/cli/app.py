@@ -28,7 +28,7 @@ START_SECONDS = 60.0
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every network.")
 @click.option("--open/--no-open", "open_browser", default=False, show_default=True, help="Open the page in a browser.")
 def command(runs_dir: Path, port: int, host: str, open_browser: bool) -> None:
-    """Open the workbench on the runs in RUNS_DIR (by default ./runs); where there are none, on those that ship with it.
+    """Open the workbench on the runs in RUNS_DIR (by default ./runs); where there are none, on those that ship.
 
     Example: sae app runs --port 8600
     """
@@ -61,7 +61,9 @@ def _or_shipped(runs_dir: Path) -> Path:
         return runs_dir
     from sae.shipped import shipped_runs
 
-    click.echo(f"No run in {shown_path(runs_dir)} yet: these ship with the workbench. `sae demo` makes one of your own.")
+    click.echo(
+        f"No run in {shown_path(runs_dir)} yet: these ship with the workbench. `sae demo` makes one of your own."
+    )
     return shipped_runs()
 
 
