@@ -12,23 +12,39 @@ Source of the clusters: Dhillon & Modha 2001, "Concept decompositions for large 
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from activations import InputError
+
+MAPS = {"pca": "principal components of the decoder rows"}
 STEPS = 10
 _PIECE = 8192
 
 
-def map_columns(W_dec: Float[Tensor, "d_sae d"], *, signed: bool, seed: int = 0) -> tuple[dict[str, pa.Array], float]:
-    """(x, y and cluster of every latent, as `build_store` takes them; share of the variance that the map shows)."""
+def check_map(name: str) -> None:
+    """Raise InputError for a map that there is not."""
+    if name not in MAPS:
+        raise InputError(f"map={name!r} is unknown: expected one of {', '.join(MAPS)}.")
+
+
+def map_table(
+    W_dec: Float[Tensor, "d_sae d"], name: str = "pca", *, signed: bool, seed: int = 0
+) -> tuple[pa.Table, dict[str, str]]:
+    """(feature, x, y and cluster of every latent, as `build_store` takes them; what the store's meta says of the map).
+
+    name: one of `MAPS`.
+    """
     places, share = flat(W_dec, signed=signed)
+    facts = {"map": MAPS[name], "map_variance": f"{share:.4f}"}
     numbers = clusters(W_dec, max(round(math.sqrt(len(W_dec))), 1), signed=signed, seed=seed)
     x, y = places.float().cpu().numpy().T
-    columns = {"x": x, "y": y, "cluster": numbers.to(torch.int32).cpu().numpy()}
-    return {name: pa.array(column) for name, column in columns.items()}, share
+    cluster = numbers.to(torch.int32).cpu().numpy()
+    return pa.table({"feature": np.arange(len(x), dtype=np.int32), "x": x, "y": y, "cluster": cluster}), facts
 
 
 def flat(W_dec: Float[Tensor, "d_sae d"], *, signed: bool) -> tuple[Float[Tensor, "d_sae 2"], float]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -90,8 +91,9 @@ def build_store(
     n_features: int,
     vocab: Sequence[bytes],
     meta: Mapping[str, str],
-    per_feature: Path | pa.Table | None = None,
+    per_feature: pa.Table | Sequence[Sequence[Path]] | None = None,
     options: BuildOptions | None = None,
+    resume: str = "",
 ) -> Path:
     """Write the feature store `target` (a path that ends in features.duckdb) and return it.
 
@@ -99,9 +101,11 @@ def build_store(
     tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
     consecutive and its positions count from 0.
     vocab: the bytes of token id 0, 1, ...
-    per_feature: what is not computed here, as Parquet or table: feature and any of the columns `GIVEN` (types as in
-    `schema.TABLES`); features that are not in it get empty lists,
+    per_feature: what is not computed here, as a table or as groups of Parquet files of the same columns: feature and any
+    of the columns `GIVEN` (types as in `schema.TABLES`), each in one group; features that are not in it get empty lists,
     and NULL for the rest.
+    resume: names what the store is made of. A killed build is gone on with by the next one of the same name, as far as
+    the last whole step; "" always begins anew.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
 
     One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
@@ -109,29 +113,35 @@ def build_store(
     """
     options = options or BuildOptions()
     scratch = target.with_name(f".{target.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    named = scratch / "of.txt"
+    if not (resume and named.exists() and named.read_text(encoding="utf-8") == resume):
+        named.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        if resume:
+            named.write_text(resume, encoding="utf-8")
+    done = False
     try:
         with _connect(scratch, options) as connection:
             build = _Build(connection, options, n_features)
-            build.read_tokens(tokens)
-            build.read_codes(codes)
-            build.read_decoder(per_feature)
-            for low, high in tqdm(build.chunks(), desc="features", unit="chunk", disable=None):
-                build.features(low, high)
-                build.examples(low, high)
-            build.background()
-            build.finish(vocab, meta)
+            if not build.finished:
+                build.read_tokens(tokens)
+                build.read_codes(codes)
+                build.read_given(per_feature)
+                build.chunks()
+                build.finish(vocab, meta)
         sync(scratch / "store.duckdb")
         os.replace(scratch / "store.duckdb", target)
         sync(target.parent)
+        done = True
     except duckdb.Error as error:
         raise StoreError(
             f"{target} could not be built: {str(error).splitlines()[0]} "
             "(is the disk full, or an input file damaged? the store that was there is untouched)"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if done or not resume:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -144,6 +154,7 @@ def _nothing(kind: str) -> str:
 def _connect(scratch: Path, options: BuildOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the new store attached as `store` and a scratch database as `work`, both closed at the end."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shutil.rmtree(scratch / "spill", ignore_errors=True)
     connection = duckdb.connect(":memory:")
     try:
         connection.execute("SET memory_limit = ?", [options.memory])
@@ -168,16 +179,27 @@ class _Build:
         self.n_ordinary = 0
         self.unit = 1.0
         self.position_bins = 0
+        self.given: list[tuple[str, list[str]]] = []
+        """Of each group of columns that the caller gives, the relation, which takes $given0 and so on, and the names."""
+        self.files: dict[str, list[str]] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything is in the store: its last step, whole or not done, writes the meta rows."""
+        return bool(self._one("SELECT count(*) FROM store.meta")[0])
 
     def read_tokens(self, paths: Sequence[Path]) -> None:
-        """Tokens, how often each id occurs, the split of each document, and the grid of windows."""
+        """Tokens, how often each id occurs, the split of each document, and the grid of windows.
+
+        Like all that fill `work`: what an earlier build of the same has made is there, whole, and is not made anew.
+        """
         files = [str(path) for path in paths]
         (context,) = self._one(
             "SELECT coalesce(max(position), 0)::BIGINT + 1 FROM read_parquet($files)", {"files": files}
         )
         self.position_bins = min(self.options.position_bins, context)
         self.sql.execute(
-            """CREATE TABLE work.tokens AS
+            """CREATE TABLE IF NOT EXISTS work.tokens AS
             SELECT row::BIGINT AS row, id::INTEGER AS id, doc::INTEGER AS doc, ordinary::BOOLEAN AS ordinary,
                    (position % $window)::INTEGER AS place, row - position % $window AS start,
                    position::INTEGER AS position, (position::BIGINT * $bins // $context)::INTEGER AS bin
@@ -185,20 +207,15 @@ class _Build:
             {"files": files, "window": self.options.window, "bins": self.position_bins, "context": context},
         )
         self.sql.execute(
-            """INSERT INTO store.positions
-            SELECT bin, min(position), max(position), count(*) FILTER (ordinary)
-            FROM work.tokens GROUP BY bin ORDER BY bin"""
+            "CREATE TABLE IF NOT EXISTS work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
         )
         self.sql.execute(
-            "CREATE TABLE work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
-        )
-        self.sql.execute(
-            """CREATE TABLE work.documents AS
+            """CREATE TABLE IF NOT EXISTS work.documents AS
             SELECT doc, if(md5_number_lower('split ' || doc) % 2 = 0, 'explain', 'score') AS split
             FROM (SELECT DISTINCT doc FROM work.tokens)"""
         )
         self.sql.execute(
-            """CREATE TABLE work.windows AS
+            """CREATE TABLE IF NOT EXISTS work.windows AS
             SELECT start, arg_min(doc, row) AS doc, min(split) AS split, list(id ORDER BY row) AS token_ids
             FROM work.tokens JOIN work.documents USING (doc)
             GROUP BY start HAVING min(split) = max(split) ORDER BY start"""
@@ -212,7 +229,7 @@ class _Build:
         files = [str(path) for path in paths]
         (given,) = self._one("SELECT count(*) FROM read_parquet($files) WHERE value <> 0", {"files": files})
         self.sql.execute(
-            """CREATE TABLE work.fired AS
+            """CREATE TABLE IF NOT EXISTS work.fired AS
             SELECT codes.feature::INTEGER AS feature, codes.value::FLOAT AS value, id, start, place, bin
             FROM read_parquet($files) AS codes JOIN work.tokens AS tokens ON codes.row = tokens.row AND tokens.ordinary
             WHERE codes.value <> 0 ORDER BY codes.feature, codes.row""",
@@ -231,27 +248,34 @@ class _Build:
         if found:
             self.unit = 2.0 ** (math.frexp(largest)[1] - 40)
 
-    def read_decoder(self, per_feature: Path | pa.Table | None) -> None:
-        """What the caller computed, with the columns that it left out."""
-        table = pq.read_table(per_feature) if isinstance(per_feature, Path) else per_feature
-        if table is None:
-            table = pa.table({"feature": pa.array([], pa.int32())})
-        columns = ", ".join(
-            f"{name if name in table.column_names else _nothing(kind)}::{kind} AS {name}"
-            for part, names in GIVEN.items()
-            for name in names
-            for kind in [TABLES[part][name]]
-        )
-        self.sql.register("given", table)
-        self.sql.execute(f"CREATE TABLE work.decoder AS SELECT feature::INTEGER AS feature, {columns} FROM given")
-        self.sql.unregister("given")
+    def read_given(self, per_feature: pa.Table | Sequence[Sequence[Path]] | None) -> None:
+        """Where what the caller computed is read from, a chunk of features at a time."""
+        if per_feature is None:
+            return
+        if isinstance(per_feature, pa.Table):
+            self.sql.register("given_table", per_feature)
+            self.given = [("given_table", per_feature.column_names)]
+            return
+        for number, paths in enumerate(per_feature):
+            self.files[f"given{number}"] = [str(path) for path in paths]
+            self.given.append((f"read_parquet($given{number})", pq.read_schema(paths[0]).names))
 
-    def chunks(self) -> list[tuple[int, int]]:
+    def chunks(self) -> None:
+        """All features that an earlier build has not done, some at a time."""
+        (done,) = self._one("SELECT coalesce(max(feature) + 1, 0) FROM store.features")
+        ranges = [each for each in self.ranges() if each[0] >= done]
+        for low, high in tqdm(ranges, desc="features", unit="chunk", disable=None):
+            with self._whole():
+                self.features(low, high)
+                self.examples(low, high)
+
+    def ranges(self) -> list[tuple[int, int]]:
         """Ranges [low, high) of features that cover all of them, each within the options' sizes."""
-        counts = dict(self.sql.execute("SELECT feature, count(*) FROM work.fired GROUP BY feature").fetchall())
+        found = self.sql.execute("SELECT feature, count(*) AS n FROM work.fired GROUP BY feature").fetchnumpy()
+        counts = np.zeros(self.n_features, np.int64)
+        counts[found["feature"]] = found["n"]
         ranges, low, held = [], 0, 0
-        for feature in range(self.n_features):
-            n = counts.get(feature, 0)
+        for feature, n in enumerate(counts.tolist()):
             full = held + n > self.options.chunk_codes or feature - low >= self.options.chunk_features
             if feature > low and full:
                 ranges.append((low, feature))
@@ -264,6 +288,7 @@ class _Build:
     def features(self, low: int, high: int) -> None:
         """The `features` and `profiles` rows of one chunk."""
         chunk, bins = {"low": low, "high": high}, self.options.bins
+        self._decoder(low, high)
         self.sql.execute(
             "CREATE OR REPLACE TEMP TABLE moments AS " + _MOMENTS.replace("LEVELS", str(list(QUANTILES))),
             {**chunk, "unit": self.unit},
@@ -275,6 +300,26 @@ class _Build:
         )
         self.sql.execute(_FEATURES, {**chunk, "n_ordinary": self.n_ordinary})
         self.sql.execute(_PROFILES, {**chunk, "unit": self.unit, "bins": self.position_bins})
+
+    def _decoder(self, low: int, high: int) -> None:
+        """What the caller gave of one chunk, as a table `decoder` with all columns."""
+        home = {name: f"part{number}" for number, (_, names) in enumerate(self.given) for name in names}
+        columns = "".join(
+            f", {f'{home[name]}.{name}' if name in home else _nothing(kind)}::{kind} AS {name}"
+            for part, names in GIVEN.items()
+            for name in names
+            for kind in [TABLES[part][name]]
+        )
+        joins = "".join(
+            f" LEFT JOIN (SELECT * FROM {relation} WHERE feature >= $low AND feature < $high) AS part{number}"
+            f" ON part{number}.feature = every.feature"
+            for number, (relation, _) in enumerate(self.given)
+        )
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE decoder AS "
+            f"SELECT every.feature{columns} FROM range($low, $high) AS every(feature){joins}",
+            {"low": low, "high": high, **self.files},
+        )
 
     def examples(self, low: int, high: int) -> None:
         """The `examples` rows of one chunk; follows `features`, whose extremes set the bands."""
@@ -318,10 +363,7 @@ class _Build:
         )
 
     def finish(self, vocab: Sequence[bytes], meta: Mapping[str, str]) -> None:
-        """Vocabulary and meta rows; then everything is in the file."""
-        table = pa.table({"id": pa.array(range(len(vocab)), pa.int32()), "bytes": pa.array(vocab, pa.binary())})
-        self.sql.register("given", table)
-        self.sql.execute("INSERT INTO store.vocab SELECT id, bytes FROM given")
+        """What is not of one feature: positions, background, vocabulary and meta rows; then everything is in the file."""
         n_rows, n_documents = self._one("SELECT count(*), count(DISTINCT doc) FROM work.tokens")
         known = {
             "created": now(),
@@ -336,9 +378,30 @@ class _Build:
             "bands": self.options.bands,
             "seed": self.options.seed,
         }
-        rows = [(key, str(value)) for key, value in known.items()]
-        self.sql.executemany("INSERT INTO store.meta VALUES (?, ?)", rows)
+        table = pa.table({"id": pa.array(range(len(vocab)), pa.int32()), "bytes": pa.array(vocab, pa.binary())})
+        self.sql.register("vocabulary", table)
+        with self._whole():
+            self.sql.execute(
+                """INSERT INTO store.positions
+                SELECT bin, min(position), max(position), count(*) FILTER (ordinary)
+                FROM work.tokens GROUP BY bin ORDER BY bin"""
+            )
+            self.background()
+            self.sql.execute("INSERT INTO store.vocab SELECT id, bytes FROM vocabulary")
+            rows = [(key, str(value)) for key, value in known.items()]
+            self.sql.executemany("INSERT INTO store.meta VALUES (?, ?)", rows)
         self.sql.execute("CHECKPOINT store")
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """One transaction: a kill inside leaves nothing of it in the store."""
+        self.sql.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self.sql.execute("ROLLBACK")
+            raise
+        self.sql.execute("COMMIT")
 
     def _one(self, query: str, parameters: object = None) -> tuple[Any, ...]:
         rows = self.sql.execute(query, parameters).fetchall()
@@ -398,7 +461,7 @@ LEFT JOIN moments USING (feature)
 LEFT JOIN histograms USING (feature)
 LEFT JOIN favourites AS plus ON plus.feature = every.feature AND plus.positive
 LEFT JOIN favourites AS minus ON minus.feature = every.feature AND NOT minus.positive
-LEFT JOIN work.decoder AS decoder ON decoder.feature = every.feature
+LEFT JOIN decoder ON decoder.feature = every.feature
 ORDER BY every.feature
 """
 
@@ -415,7 +478,7 @@ places AS (
 SELECT places.feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means,
        coalesce(by_jaccard, []), coalesce(by_phi, []), x, y, cluster, loss
 FROM places
-LEFT JOIN work.decoder AS decoder ON decoder.feature = places.feature
+LEFT JOIN decoder ON decoder.feature = places.feature
 LEFT JOIN moments ON moments.feature = places.feature
 LEFT JOIN favourites AS plus ON plus.feature = places.feature AND plus.positive
 LEFT JOIN favourites AS minus ON minus.feature = places.feature AND NOT minus.positive

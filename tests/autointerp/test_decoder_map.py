@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from autointerp import decoder_map
-from autointerp.decoder_map import clusters, flat, map_columns
+from autointerp.decoder_map import clusters, flat, map_table
 
 
 def bundles(n: int, d: int, each: int, noise: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +44,10 @@ def test_rows_of_a_bundle_are_one_cluster_whatever_their_length(signed: bool) ->
 
 def test_columns_have_an_entry_a_latent_and_are_the_same_every_time() -> None:
     W_dec = bundles(9, 16, 9)[0]
-    columns, share = map_columns(W_dec, signed=False)
-    assert 0 < share < 1
-    assert {len(column) for column in columns.values()} == {81}
-    assert max(columns["cluster"].to_pylist()) < 9
-    assert columns == map_columns(W_dec, signed=False)[0]
-    alone, _ = map_columns(torch.ones(1, 1), signed=False)
-    assert {name: column.to_pylist() for name, column in alone.items()} == {"x": [0.0], "y": [0.0], "cluster": [0]}
+    table, facts = map_table(W_dec, signed=False)
+    assert 0 < float(facts["map_variance"]) < 1
+    assert table["feature"].to_pylist() == list(range(81))
+    assert max(table["cluster"].to_pylist()) < 9
+    assert table == map_table(W_dec, signed=False)[0]
+    alone, _ = map_table(torch.ones(1, 1), signed=False)
+    assert alone.to_pylist() == [{"feature": 0, "x": 0.0, "y": 0.0, "cluster": 0}]

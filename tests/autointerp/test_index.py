@@ -17,7 +17,9 @@ from activations.files import lock
 from activations.tokens import Tokens
 from app.cli.index import command
 from autointerp import index as module
-from autointerp.index import index, logit_lens, neighbours
+from autointerp import lens
+from autointerp.index import index
+from autointerp.lens import logit_lens, neighbours
 from data.store import open_store
 from sae import save_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
@@ -210,21 +212,21 @@ def test_the_logit_lens_is_the_centred_product_and_leaves_out_entries_without_te
 
 def test_the_lens_histogram_counts_every_logit_once() -> None:
     W_U = torch.tensor([[-4.0, -3.9, 0.0, 1.0, 4.0]])
-    lens = logit_lens(torch.tensor([[1.0], [0.0]]), W_U, torch.arange(5).numpy())
-    assert lens.counts[0].nonzero()[0].tolist() == [0, 20, 25, 39]  # bars of 0.2 from -4 to 4
-    assert lens.counts[0][[0, 20, 25, 39]].tolist() == [2, 1, 1, 1]
-    assert lens.counts[1].tolist() == [5] + [0] * 39
-    assert lens.top_ids[0].tolist() == [4, 3, 2, 1, 0]
-    assert lens.bottom_values[0].tolist() == pytest.approx([-4.0, -3.9, 0.0, 1.0, 4.0])
+    found = logit_lens(torch.tensor([[1.0], [0.0]]), W_U, torch.arange(5).numpy())
+    assert found.counts[0].nonzero()[0].tolist() == [0, 20, 25, 39]  # bars of 0.2 from -4 to 4
+    assert found.counts[0][[0, 20, 25, 39]].tolist() == [2, 1, 1, 1]
+    assert found.counts[1].tolist() == [5] + [0] * 39
+    assert found.top_ids[0].tolist() == [4, 3, 2, 1, 0]
+    assert found.bottom_values[0].tolist() == pytest.approx([-4.0, -3.9, 0.0, 1.0, 4.0])
 
 
 def test_neighbours_are_nearest_first_without_the_latent_itself() -> None:
     angles = torch.deg2rad(torch.tensor([0.0, 10.0, 165.0, 90.0]))
-    unit = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found, cosines = neighbours(unit, 0, 1, signed=False)
+    W_dec = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([1.0, 3.0, 0.2, 2.0])[:, None]
+    found, cosines = neighbours(W_dec, 0, 1, signed=False)
     assert found.tolist() == [[1, 3, 2]]
     assert cosines[0].tolist() == pytest.approx([0.9848, 0.0, -0.9659], abs=1e-4)
-    found, cosines = neighbours(unit, 2, 4, signed=True)
+    found, cosines = neighbours(W_dec, 2, 4, signed=True)
     assert found.tolist() == [[0, 1, 3], [2, 1, 0]]
     assert cosines[0].tolist() == pytest.approx([-0.9659, -0.9063, 0.2588], abs=1e-4)
 
@@ -232,8 +234,10 @@ def test_neighbours_are_nearest_first_without_the_latent_itself() -> None:
 def test_pieces_of_the_decoder_join_to_the_whole(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     features = []
-    for cells in (1 << 25, N_WORDS * 3):
-        monkeypatch.setattr(module, "_CELLS", cells)
+    for cells, rows in ((1 << 23, 4096), (N_WORDS * 2, 3)):
+        monkeypatch.setattr(lens, "_CELLS", cells)
+        for each in (lens, module):
+            monkeypatch.setattr(each, "ROWS", rows)
         with open_store(index(run, overwrite=True).parent) as store:
             features.append([store.feature(number) for number in range(D)])
     assert features[0] == features[1]
@@ -285,10 +289,12 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_store(make_run: MakeRun, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_codes", full)
-    with pytest.raises(InputError, match="could not be indexed: .*No space left"):
-        index(run, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "code_tables", full)
+        with pytest.raises(InputError, match="could not be indexed: .*No space left.*run the same again"):
+            index(run, overwrite=True)
     assert path.read_bytes() == before
+    index(run, overwrite=True)
     assert not (path.parent / ".index").exists()
 
 
