@@ -39,7 +39,7 @@ from sae import SAE, load_sae
 
 FORMAT = 1
 """Of the parts; another one discards what an older version left."""
-MEMORY, THREADS, CHUNK = "384MiB", 4, 2_000_000
+MEMORY, THREADS, CHUNK = "512MiB", 4, 4_000_000
 """What the database may hold while the store is built, its threads, each of which needs a part of that, and the codes
 that are looked at together."""
 
