@@ -150,7 +150,8 @@ def _coactivation(work: _Work) -> None:
 
 def _map(work: _Work) -> None:
     for part in work.lacking("map", 1):
-        table, facts = map_table(work.sae.W_dec.detach(), work.options["map"], signed=work.sae.signed)
+        decoder = work.scratch.parts("decoder")
+        table, facts = map_table(work.sae.W_dec.detach(), work.options["map"], decoder, signed=work.sae.signed)
         work.scratch.write("map", part, [table], facts)
 
 
