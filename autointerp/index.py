@@ -25,10 +25,10 @@ from activations import InputError, load_model
 from activations.cache import CachedActivations
 from activations.files import lock
 from activations.model import pick_device
-from activations.ranks import Ranks, joined
+from activations.ranks import joined
 from activations.run import Run, dictionary_folder
-from autointerp.codes import code_tables, shards_of, tokens_table
 from autointerp.coactive import coactive_tables, sampled_firings
+from autointerp.codes import code_tables, shards_of, tokens_table
 from autointerp.decoder_map import check_map, map_table
 from autointerp.lens import ROWS, decoder_tables, unembedding
 from autointerp.loss_effect import BLOCK, measure_effects, read_text, spread
@@ -87,13 +87,17 @@ def index(
             sae = load_sae(folder).to(pick_device(ranks.device(device)))
             cache = run.activations(sae.only_hook("An index"))
             _check(folder, sae, cache, which)
-            return _Work(folder, run, sae, cache, Scratch(folder / ".index"), ranks, options)
+            return _Work(folder, run, sae, cache, Scratch(folder / ".index", ranks), options)
 
         work = ranks.leader_first(prepare)
         ranks.agree(options)
         ranks.by_leader(lambda: work.scratch.begin(_plan(work)))
+
+        def do(step: Callable[[_Work], None]) -> None:
+            ranks.together(lambda: _told(work, step))
+
         for step in (_decoder, _codes, _coactivation, _map, _effects):
-            ranks.together(lambda step=step: _told(work, step))
+            do(step)
         return ranks.by_leader(lambda: _told(work, _store))
 
 
@@ -105,18 +109,13 @@ class _Work(NamedTuple):
     sae: SAE
     cache: CachedActivations
     scratch: Scratch
-    ranks: Ranks
     options: dict[str, Any]
-
-    def lacking(self, stage: str, n: int) -> list[int]:
-        """Those of the `n` parts of a stage that are this rank's to make."""
-        return [part for part in range(self.ranks.rank, n, self.ranks.world) if self.scratch.lacks(stage, part)]
 
 
 def _decoder(work: _Work) -> None:
     """Lens, neighbours and vocabulary; the model is loaded for its unembedding and its vocabulary alone."""
-    missing = work.lacking("decoder", -(-work.sae.d_sae // ROWS))
-    if not missing and not work.lacking("vocab", 1):
+    missing = work.scratch.lacking("decoder", -(-work.sae.d_sae // ROWS))
+    if not missing and not work.scratch.lacking("vocab", 1):
         return
     model = load_model(work.run.model_name, dtype=work.run.meta["model_dtype"], device="cpu")
     vocab = model.token_bytes()
@@ -124,14 +123,14 @@ def _decoder(work: _Work) -> None:
     del model
     for part in tqdm(missing, desc="logit lens", unit="part", disable=None):
         work.scratch.write("decoder", part, decoder_tables(work.sae, through, part))
-    for part in work.lacking("vocab", 1):
+    for part in work.scratch.lacking("vocab", 1):
         work.scratch.write("vocab", part, [pa.table({"bytes": pa.array(vocab, pa.binary())})])
 
 
 def _codes(work: _Work) -> None:
     """Tokens and codes, a part a shard of the cache."""
     shards = shards_of(work.cache, work.options["n_tokens"])
-    missing = work.lacking("codes", len(shards))
+    missing = work.scratch.lacking("codes", len(shards))
     total = sum(shards[shard][1] for shard in missing)
     with tqdm(total=total, desc="encoding", unit="tok", unit_scale=True, disable=None) as bar:
         for shard in missing:
@@ -142,14 +141,14 @@ def _codes(work: _Work) -> None:
 
 
 def _coactivation(work: _Work) -> None:
-    for part in work.lacking("coactive", 1):
+    for part in work.scratch.lacking("coactive", 1):
         fires = sampled_firings(work.scratch.parts("codes"), work.scratch.parts("tokens"), work.sae.d_sae)
         facts = {"coactivation_tokens": str(fires.shape[0])}
         work.scratch.write("coactive", part, coactive_tables(fires), facts)
 
 
 def _map(work: _Work) -> None:
-    for part in work.lacking("map", 1):
+    for part in work.scratch.lacking("map", 1):
         decoder = work.scratch.parts("decoder")
         table, facts = map_table(work.sae.W_dec.detach(), work.options["map"], decoder, signed=work.sae.signed)
         work.scratch.write("map", part, [table], facts)
@@ -161,7 +160,7 @@ def _effects(work: _Work) -> None:
     if not wanted:
         return
     features = spread(codes, wanted) if isinstance(wanted, int) else wanted
-    missing = work.lacking("effects", -(-len(features) // BLOCK))
+    missing = work.scratch.lacking("effects", -(-len(features) // BLOCK))
     if not missing:
         return
     model = load_model(work.run.model_name, dtype="float32", device=str(work.sae.W_dec.device))

@@ -129,7 +129,9 @@ def read_text(tokens: Sequence[Path]) -> Text:
     return Text(ids, np.flatnonzero(positions == 0))
 
 
-def removals(codes: Sequence[Path], text: Text, features: Sequence[int], seed: int) -> Iterator[tuple[int, list[Removal]]]:
+def removals(
+    codes: Sequence[Path], text: Text, features: Sequence[int], seed: int
+) -> Iterator[tuple[int, list[Removal]]]:
     """Each latent that fires, with up to `N_CONTEXTS` contexts in which it does, drawn with `seed` and its number."""
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))]
     for table in batches(codes, ["row", "feature", "value"]):

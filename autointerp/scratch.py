@@ -1,8 +1,8 @@
 """The finished parts of an index that is being built: a killed `sae index` goes on from them.
 
-A part is a Parquet file of a stage, `codes-00012.parquet`, whole or absent: written aside, flushed, renamed. `plan.json`
-says what the parts are of (dictionary, cache, options); parts of anything else are removed. Any number of processes may
-write parts, each its own; a part holds the same whoever writes it, and when.
+A part is a Parquet file of a stage, `codes-00012.parquet`, whole or absent: written aside, flushed, renamed.
+`plan.json` says what the parts are of (dictionary, cache, options); parts of anything else are removed. Any number of
+processes may write parts, each its own; a part holds the same whoever writes it, and when.
 """
 
 import hashlib
@@ -15,17 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations.files import read_json, write_aside, write_json
+from activations.ranks import Ranks
 
+ALONE = Ranks()
 FACT = "fact "
 GROUP_BYTES = 1 << 24
 """Of a row group, before compression: what a writer and a reader hold at once."""
 
 
 class Scratch:
-    """The parts in `folder`."""
+    """The parts in `folder`. ranks: the processes that share the work, and which of them this is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
         self.folder = folder
+        self.ranks = ranks
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Keep the parts that are of this plan (JSON values), remove those of another."""
@@ -44,8 +47,10 @@ class Scratch:
     def path(self, stage: str, number: int = 0) -> Path:
         return self.folder / f"{stage}-{number:05}.parquet"
 
-    def lacks(self, stage: str, number: int = 0) -> bool:
-        return not self.path(stage, number).exists()
+    def lacking(self, stage: str, n: int) -> list[int]:
+        """Those of the `n` parts of a stage that are not there and are this rank's to make."""
+        mine = range(self.ranks.rank, n, self.ranks.world)
+        return [number for number in mine if not self.path(stage, number).exists()]
 
     def parts(self, stage: str) -> list[Path]:
         """The parts of a stage that are there, by number."""
@@ -61,7 +66,9 @@ class Scratch:
     def facts(self, stage: str) -> dict[str, str]:
         """What was said of the first part of a stage when it was written."""
         said = pq.read_metadata(self.path(stage)).metadata
-        return {key.decode()[len(FACT) :]: value.decode() for key, value in said.items() if key.startswith(FACT.encode())}
+        return {
+            key.decode()[len(FACT) :]: value.decode() for key, value in said.items() if key.startswith(FACT.encode())
+        }
 
     def fingerprint(self) -> str:
         """Of the plan."""

@@ -1,8 +1,8 @@
 """A UMAP of the decoder rows: each lies near its nearest rows, and far is not to be read.
 
 The graph is that of the neighbours that the index has found, exact and by |cosine| for signed latents: so a row and its
-opposite are the same, as everywhere here, and nothing of the dictionary's size is made again. The layout starts from the
-principal components; one thread, since with several it differs from run to run.
+opposite are the same, as everywhere here, and nothing of the dictionary's size is made again. The layout starts from
+the principal components; one thread, since with several it differs from run to run.
 Source: McInnes et al. 2018, arXiv:1802.03426, by umap-learn. Differs: 10 exact neighbours, not 15 approximate ones.
 """
 

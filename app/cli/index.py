@@ -4,7 +4,7 @@ import json
 
 import click
 
-from app.cli.options import COUNT, device_option, feature_numbers, json_option, overwrite_option
+from app.cli.options import COUNT, device_option, feature_numbers, gpus_option, json_option, overwrite_option
 
 
 @click.command()
@@ -26,6 +26,7 @@ from app.cli.options import COUNT, device_option, feature_numbers, json_option, 
     help="How the decoder rows are laid out in the plane. umap needs pip install 'sae-workbench[maps]'.",
 )
 @overwrite_option
+@gpus_option
 @device_option
 @json_option
 def command(
@@ -36,6 +37,7 @@ def command(
     features: list[int] | None,
     map: str,
     overwrite: bool,
+    gpus: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -49,6 +51,11 @@ def command(
     """
     if features is not None and loss_effect is not None:
         raise click.UsageError("Give --features or --loss-effect, not both.")
+    from activations.ranks import Ranks
+    from app.cli.ranks import spread
+
+    if spread(gpus):
+        return
     from autointerp.index import index
     from data.store import open_store
 
@@ -61,6 +68,8 @@ def command(
         loss_effect=features or loss_effect or 0,
         map=map,
     )
+    if not Ranks.from_environment().leads:
+        return
     with open_store(path.parent) as store:
         found = store.summary()
     if as_json:

@@ -1,5 +1,5 @@
-"""What the index knows of a feature beyond its figures: the spread of its values, where in a context it fires, what fires
-with it, and what the model loses without it. All as HTML; what is drawn is also said in words.
+"""What the index knows of a feature beyond its figures: the spread of its values, where in a context it fires, what
+fires with it, and what the model loses without it. All as HTML; what is drawn is also said in words.
 """
 
 from collections.abc import Mapping, Sequence

@@ -101,9 +101,9 @@ def build_store(
     tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
     consecutive and its positions count from 0.
     vocab: the bytes of token id 0, 1, ...
-    per_feature: what is not computed here, as a table or as groups of Parquet files of the same columns: feature and any
-    of the columns `GIVEN` (types as in `schema.TABLES`), each in one group; features that are not in it get empty lists,
-    and NULL for the rest.
+    per_feature: what is not computed here, as a table or as groups of Parquet files of the same columns: feature and
+    any of the columns `GIVEN` (types as in `schema.TABLES`), each in one group; features that are not in it get empty
+    lists, and NULL for the rest.
     resume: names what the store is made of. A killed build is gone on with by the next one of the same name, as far as
     the last whole step; "" always begins anew.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
@@ -180,7 +180,7 @@ class _Build:
         self.unit = 1.0
         self.position_bins = 0
         self.given: list[tuple[str, list[str]]] = []
-        """Of each group of columns that the caller gives, the relation, which takes $given0 and so on, and the names."""
+        """Of each group of columns the caller gives, the relation (which takes $given0 and so on) and their names."""
         self.files: dict[str, list[str]] = {}
 
     @property
@@ -207,7 +207,8 @@ class _Build:
             {"files": files, "window": self.options.window, "bins": self.position_bins, "context": context},
         )
         self.sql.execute(
-            "CREATE TABLE IF NOT EXISTS work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
+            """CREATE TABLE IF NOT EXISTS work.occurrences AS
+            SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"""
         )
         self.sql.execute(
             """CREATE TABLE IF NOT EXISTS work.documents AS
@@ -363,7 +364,7 @@ class _Build:
         )
 
     def finish(self, vocab: Sequence[bytes], meta: Mapping[str, str]) -> None:
-        """What is not of one feature: positions, background, vocabulary and meta rows; then everything is in the file."""
+        """What is not of one feature: positions, background, vocabulary, meta; then everything is in the file."""
         n_rows, n_documents = self._one("SELECT count(*), count(DISTINCT doc) FROM work.tokens")
         known = {
             "created": now(),

@@ -8,7 +8,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.parts.strip import number
-from data.store import QUANTILES, open_store
+from data.store import QUANTILES, Store, open_store
 from tests.app.conftest import BARE, EMPTY, FULL, N_FEATURES, SIGNED, html_of
 
 OpenPage = Callable[..., AppTest]
@@ -225,6 +225,16 @@ def test_what_was_not_measured_names_the_command(open_page: OpenPage, runs: Path
     assert "It fires at no position" in dead
     assert "there are no values" in dead
     assert "Fires together with" not in dead
+
+
+def test_a_store_of_an_older_version_says_what_adds_the_rest(
+    open_page: OpenPage, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Store, "profile", lambda _store, _number: None)
+    html = html_of(open_page("feature", **FULL_URL, feature="41"))  # no other test remembers it
+    assert f"<code>sae index {runs}/demo/{FULL} --overwrite</code> adds quantiles" in html
+    assert "Neighbours" in html
+    assert "Where in the context" not in html
 
 
 def test_a_signed_feature_has_the_tokens_of_both_poles(open_page: OpenPage):

@@ -23,12 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations import InputError, Run, load_model
 from activations.files import lock
+from activations.ranks import Ranks
 from activations.tokens import Tokens
 from app.cli.index import command
 from autointerp import index as module
 from autointerp import lens
 from autointerp.index import index
 from autointerp.lens import logit_lens, neighbours
+from autointerp.scratch import Scratch
 from data.store import open_store
 from sae import load_sae, save_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
@@ -457,3 +459,33 @@ def test_an_index_killed_at_any_moment_goes_on_and_ends_in_the_store_of_an_unbro
             assert tables(store) == whole
         stdin.close()
     assert len(set(seen)) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one(make_run: MakeRun) -> None:
+    run = make_run(signed=True)
+    store = run / "dictionaries" / "planted" / "features.duckdb"
+    script = str(Path(sys.executable).with_name("sae"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [script, "index", str(run), "--device", "cpu", "--loss-effect", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for each in (command, [*launcher, *command]):
+        done = subprocess.run(each, capture_output=True, text=True, env=env, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("features fire") == 1  # the leader alone reports
+        found.append(tables(store))
+        again = subprocess.run(each, capture_output=True, text=True, env=env, timeout=200)
+        assert again.returncode != 0
+        assert again.stderr.count("is indexed already") == 1
+        store.unlink()
+        assert not (store.parent / ".index").exists()
+    assert found[0] == found[1]
+
+
+def test_ranks_take_turns_at_the_parts(tmp_path: Path) -> None:
+    def lacking(rank: int) -> list[int]:
+        return Scratch(tmp_path, Ranks(rank, 3)).lacking("codes", 8)
+
+    Scratch(tmp_path).path("codes", 4).touch()
+    assert [lacking(rank) for rank in range(3)] == [[0, 3, 6], [1, 7], [2, 5]]

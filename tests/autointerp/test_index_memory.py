@@ -36,7 +36,8 @@ run = Run.create(folder / "run", model=str(folder / "model"), revision="r", mode
 row = torch.arange(n_tokens, dtype=torch.int32)
 tokens = Tokens(row * 7 % 101, row // 500, row % 128)
 cut = [slice(at, at + per_shard) for at in range(0, n_tokens, per_shard)]
-plant(run, [(Tokens(*(column[part] for column in tokens[:3])), torch.randn(len(row[part]), d).bfloat16()) for part in cut])
+shards = [Tokens(*(column[part] for column in tokens[:3])) for part in cut]
+plant(run, [(shard, torch.randn(len(shard.ids), d).bfloat16()) for shard in shards])
 sae = TopKSAE(TopKConfig(d_in=d, d_sae=d_sae, k=48))
 with torch.no_grad():
     sae.W_dec.normal_()
