@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-D_SAE, N_TOKENS, BUDGET_MIB = 131_072, 320_000, 1024
+D_SAE, N_TOKENS, BUDGET_MIB = 131_072, 160_000, 1024
 
 INDEX = """
 import sys
