@@ -6,10 +6,15 @@ from pathlib import Path
 
 from activations.files import lock
 from activations.run import Run
+from data.store.schema import STORE_FILE
+
+UNFINISHED = (".index", f".{STORE_FILE}.building")
+"""Folders of an index that is not done, beside the store."""
 
 
 def clean(run: Run, *, activations: bool = True, checkpoints: bool = True, dry_run: bool = False) -> dict[Path, int]:
-    """Drop the rows cached at every hook and the checkpoints of finished dictionaries; returns what went, in bytes.
+    """Drop the rows cached at every hook, the checkpoints of finished dictionaries and, with these, what a killed index
+    left; returns what went, in bytes.
 
     Tokens stay, so that the same rows can be collected again. dry_run: drop nothing.
     Raises InputError, before anything is dropped, when some of it is in use.
@@ -25,10 +30,14 @@ def clean(run: Run, *, activations: bool = True, checkpoints: bool = True, dry_r
                 if (folder / "checkpoints").is_dir():
                     locks.enter_context(lock(folder / ".train.lock"))
                     doomed.append(folder / "checkpoints")
+                if unfinished := [path for path in (folder / name for name in UNFINISHED) if path.is_dir()]:
+                    locks.enter_context(lock(folder / ".index.lock"))
+                    doomed += unfinished
         sizes = {path: size_of(path) for path in doomed}
         for path in [] if dry_run else doomed:
-            # The manifest first: a half-removed cache must not pass for a whole one.
-            (path / "manifest.json").unlink(missing_ok=True)
+            # What names it first: something half removed must not pass for whole.
+            for name in ("manifest.json", "plan.json", "of.txt"):
+                (path / name).unlink(missing_ok=True)
             shutil.rmtree(path)
     return sizes
 

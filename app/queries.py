@@ -11,7 +11,7 @@ from pathlib import Path
 import streamlit as st
 
 from app.runs import STORE_FILE, Dictionary
-from data.store import Example, Feature, Page, Store, Summary, open_store
+from data.store import Example, Feature, Page, Profile, Store, Summary, open_store
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -35,13 +35,15 @@ class FeatureView:
     """All that the feature page shows of one feature."""
 
     feature: Feature
+    profile: Profile | None
+    """None in a store of an older version."""
     examples: list[Example]
     pieces: list[list[str]]
     """Display text of the tokens of each example."""
     tokens: dict[int, str]
     """Display text of every token id in the feature's tables."""
     names: dict[int, str]
-    """Best explanation of each neighbour that has one."""
+    """Best explanation of each neighbour, and of each feature that fires together with it, that has one."""
 
 
 def stamp_of(dictionary: Dictionary) -> Stamp:
@@ -119,10 +121,16 @@ def _feature_view(folder: str, stamp: Stamp, index: int) -> FeatureView:  # noqa
     examples = store.examples(index)
     ids = {t.id for t in [*feature.top_logits, *feature.bottom_logits]}
     ids |= {t.id for t in [*feature.top_tokens, *feature.bottom_tokens]}
+    profile = store.profile(index)
+    others = {n.feature for n in feature.neighbours}
+    if profile is not None:
+        ids |= {t.id for t in [*profile.strong_tokens, *profile.weak_tokens]}
+        others |= {c.feature for c in [*profile.by_jaccard, *profile.by_phi]}
     return FeatureView(
         feature=feature,
+        profile=profile,
         examples=examples,
         pieces=[store.token_texts(example.token_ids) for example in examples],
         tokens={i: store.token_texts([i])[0] for i in ids},
-        names={e.feature: e.text for e in reversed(store.explanations([n.feature for n in feature.neighbours]))},
+        names={e.feature: e.text for e in reversed(store.explanations(sorted(others)))},
     )

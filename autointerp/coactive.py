@@ -10,6 +10,7 @@ so that neither memory nor time grows with the text. Pairs that meet on fewer th
 latents that fire once, together, would have an index of 1.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from autointerp.scratch import batches
 from sae.coactivation import together
 
 N_COACTIVE = 10
@@ -27,7 +29,7 @@ FEWEST = 5
 FIRINGS = 1 << 23
 PRODUCTS = 1 << 29
 """Firings that are kept, 16 bytes each, and pairs of firings that are counted in all: seconds."""
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Pairs of firings that are counted at once."""
 
 
@@ -47,40 +49,38 @@ class Pairs(NamedTuple):
         return Pairs(*(column[place] for column in self))
 
 
-def coactive_columns(codes: Path, tokens: Path, d_sae: int) -> tuple[dict[str, pa.Array], int]:
-    """(by_jaccard and by_phi of every latent, as `build_store` takes them; the tokens that were counted).
+def coactive_tables(fires: csr_matrix) -> Iterator[pa.Table]:
+    """by_jaccard and by_phi of every latent, as `build_store` takes them, some latents at a time.
 
-    codes, tokens: as `autointerp.index.write_codes` writes them, by row.
+    fires: `sampled_firings`.
     """
-    fires = sampled_firings(codes, tokens, d_sae)
     n, each = fires.shape[0], fires.getnnz(axis=0).astype(np.int64)
-    parts: dict[str, list[pa.Array]] = {"by_jaccard": [], "by_phi": []}
-    with tqdm(total=d_sae, desc="co-activation", unit="latent", disable=None) as bar:
+    with tqdm(total=fires.shape[1], desc="co-activation", unit="latent", disable=None) as bar:
         for first, both in together(fires, BLOCK):
             pairs = pairs_of(both, first, each, n)
+            columns = {"feature": pa.array(np.arange(first, first + both.shape[0], dtype=np.int32))}
             for name, score in (("by_jaccard", pairs.jaccard), ("by_phi", pairs.phi)):
-                parts[name].append(_lists(pairs.at(best(pairs, score, both.shape[0])), both.shape[0]))
+                columns[name] = _lists(pairs.at(best(pairs, score, both.shape[0])), both.shape[0])
+            yield pa.table(columns)
             bar.update(both.shape[0])
-    return {name: pa.concat_arrays(lists) for name, lists in parts.items()}, n
 
 
-def sampled_firings(codes: Path, tokens: Path, d_sae: int) -> csr_matrix:
-    """Ordinary tokens by latents, 1 where the latent is not 0; all of them, or as many as the bounds allow."""
-    ordinary = [
-        table["row"].to_numpy()[table["ordinary"].to_numpy(zero_copy_only=False)]
-        for table in pq.ParquetFile(tokens).iter_batches(columns=["row", "ordinary"])
-    ]
-    n_tokens, n_codes = sum(map(len, ordinary)), pq.read_metadata(codes).num_rows
+def sampled_firings(codes: Sequence[Path], tokens: Sequence[Path], d_sae: int) -> csr_matrix:
+    """Ordinary tokens by latents, 1 where the latent is not 0; all of them, or as many as the bounds allow.
+
+    codes, tokens: Parquet as `build_store` takes them, each by row.
+    """
+    n_tokens, n_codes = sum(map(len, _ordinary(tokens))), sum(pq.read_metadata(part).num_rows for part in codes)
     share = min(1.0, FIRINGS / max(n_codes, 1), PRODUCTS * n_tokens / max(n_codes, 1) ** 2)
-    rows = np.concatenate([part[sampled(part, share)] for part in ordinary])
+    rows = np.concatenate([part[sampled(part, share)] for part in _ordinary(tokens)])
     counts, columns = np.zeros(len(rows), np.int64), [np.zeros(0, np.int32)]
-    for table in pq.ParquetFile(codes).iter_batches(1 << 20, columns=["row", "feature"]):
+    for table in batches(codes, ["row", "feature"]):
         row, feature = table["row"].to_numpy(), table["feature"].to_numpy()
         kept = sampled(row, share)
         np.add.at(counts, np.searchsorted(rows, row[kept]), 1)
         columns.append(feature[kept])
     where = np.concatenate(columns)
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)  # as wide as `where`, or SciPy widens that
     return csr_matrix((np.ones(len(where), np.int32), where, starts), shape=(len(rows), d_sae))
 
 
@@ -129,3 +129,9 @@ def _lists(pairs: Pairs, n_rows: int) -> pa.Array:
     }
     items = pa.StructArray.from_arrays([pa.array(column) for column in columns.values()], list(columns))
     return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), items)
+
+
+def _ordinary(tokens: Sequence[Path]) -> Iterator[Int[np.ndarray, " n"]]:
+    """Numbers of the ordinary rows, some at a time."""
+    for table in batches(tokens, ["row", "ordinary"]):
+        yield table["row"].to_numpy()[table["ordinary"].to_numpy(zero_copy_only=False)]

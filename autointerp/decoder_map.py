@@ -1,7 +1,8 @@
 """Where the decoder rows lie: a 2-D map of all latents, and clusters of rows that point the same way.
 
 - Map: the two principal components of the rows at norm 1. It shows little of a space of hundreds of dimensions; how
-  much is in the store's meta (`map_variance`, share of the variance). Neighbourhoods are told by clusters and cosines.
+  much is in the store's meta (`map_variance`, share of the variance). Neighbourhoods are told by clusters and cosines,
+  or by the other map, a UMAP (`autointerp.umap_map`).
 - Clusters: spherical k-means with sqrt(d_sae) centres, numbered from the largest.
 
 For signed latents a row and its opposite are the same latent: the map is not centred and shows each on the side of
@@ -10,25 +11,53 @@ Source of the clusters: Dhillon & Modha 2001, "Concept decompositions for large 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from activations import InputError
+from autointerp.umap_map import check_umap, umap_places
+
+MAPS = {
+    "pca": "principal components of the decoder rows",
+    "umap": "UMAP of the decoder rows, from their 10 nearest by cosine",
+}
+"""What the store's meta says of each."""
 STEPS = 10
 _PIECE = 8192
 
 
-def map_columns(W_dec: Float[Tensor, "d_sae d"], *, signed: bool, seed: int = 0) -> tuple[dict[str, pa.Array], float]:
-    """(x, y and cluster of every latent, as `build_store` takes them; share of the variance that the map shows)."""
-    places, share = flat(W_dec, signed=signed)
+def check_map(name: str) -> None:
+    """Raise InputError for a map that there is not, or not without another package."""
+    if name not in MAPS:
+        raise InputError(f"map={name!r} is unknown: expected one of {', '.join(MAPS)}.")
+    if name == "umap":
+        check_umap()
+
+
+def map_table(
+    W_dec: Float[Tensor, "d_sae d"], name: str, decoder: Sequence[Path], *, signed: bool, seed: int = 0
+) -> tuple[pa.Table, dict[str, str]]:
+    """(feature, x, y and cluster of every latent, as `build_store` takes them; what the store's meta says of the map).
+
+    name: one of `MAPS`. decoder: where the neighbours are, of which a UMAP is made.
+    """
+    components, share = flat(W_dec, signed=signed)
+    places, facts = components.float().cpu().numpy(), {"map": MAPS[name]}
+    if name == "umap":
+        places = umap_places(places, decoder, signed=signed, seed=seed)
+    else:
+        facts["map_variance"] = f"{share:.4f}"
     numbers = clusters(W_dec, max(round(math.sqrt(len(W_dec))), 1), signed=signed, seed=seed)
-    x, y = places.float().cpu().numpy().T
-    columns = {"x": x, "y": y, "cluster": numbers.to(torch.int32).cpu().numpy()}
-    return {name: pa.array(column) for name, column in columns.items()}, share
+    x, y = places.T
+    cluster = numbers.to(torch.int32).cpu().numpy()
+    return pa.table({"feature": np.arange(len(x), dtype=np.int32), "x": x, "y": y, "cluster": cluster}), facts
 
 
 def flat(W_dec: Float[Tensor, "d_sae d"], *, signed: bool) -> tuple[Float[Tensor, "d_sae 2"], float]:

@@ -5,7 +5,7 @@ random, it is taken out of every ordinary token; the difference of the losses, i
 where the latent helps. Beside: the same with a random direction of d_i's norm in its place.
 
 The surprise: z_i is read from the index's own codes, so a variant costs one forward a context and no encoding; the
-clean losses of a context are computed once for all latents.
+clean losses of a context are computed once for a block of latents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from activations import Model
 from activations.splice import Edit, Where, replace
+from autointerp.scratch import batches
 from sae import SAE
 
 N_CONTEXTS = 16
 _BATCH = 8
-_BLOCK = 64
-"""Latents whose codes are held at once."""
+BLOCK = 64
+"""Latents whose codes are held at once, and that share the clean losses of their contexts."""
 
-
-LOSS = pa.struct(
+_LOSS = pa.struct(
     [
         ("nats", pa.float32()),
         ("error", pa.float32()),
@@ -41,6 +40,7 @@ LOSS = pa.struct(
         ("n_tokens", pa.int64()),
     ]
 )
+_SCHEMA = pa.schema([("feature", pa.int32()), ("loss", _LOSS), ("n_forwards", pa.int64())])
 
 
 class Text(NamedTuple):
@@ -69,34 +69,29 @@ class Removal(NamedTuple):
 
 @torch.inference_mode()
 def measure_effects(
-    sae: SAE, model: Model, codes: Path, tokens: Path, features: int | Sequence[int], *, seed: int = 0
-) -> tuple[dict[str, pa.Array], int]:
-    """(column `loss` of every latent, as `build_store` takes it, NULL for those not measured; forwards of a context).
+    sae: SAE, model: Model, text: Text, codes: Sequence[Path], features: Sequence[int], *, seed: int = 0
+) -> pa.Table:
+    """Columns feature, loss (as `build_store` takes it) and n_forwards (of a context), of those latents that fire.
 
-    features: their numbers, or how many, evenly spread over those that fire. Latents that never fire are left out.
-    codes, tokens: as `autointerp.index.write_codes` writes them, of the activations of this model.
+    features: about `BLOCK` of them: their codes and the clean losses of their contexts are in memory.
+    codes: as `build_store` takes them, of the activations of this model.
     """
-    text, hook = read_text(tokens), sae.only_hook("A loss effect")
-    chosen = _spread(codes, features) if isinstance(features, int) else sorted(set(features))
+    hook = sae.only_hook("A loss effect")
     clean: dict[int, Tensor] = {}
-    found: list[dict[str, float | int] | None] = [None] * sae.d_sae
-    n_forwards = 0
-    with tqdm(total=len(chosen), desc="loss effects", unit="latent", disable=None) as bar:
-        for first in range(0, len(chosen), _BLOCK):
-            for feature, own in removals(codes, text, chosen[first : first + _BLOCK], seed):
-                missing = [each.start for each in own if each.start not in clean]
-                contexts = {start: text.context(start) for start in missing}
-                clean.update(zip(missing, losses(model, hook, list(contexts.values()), None), strict=True))
-                row = sae.W_dec[feature].float()
-                random = torch.randn(len(row), generator=torch.Generator().manual_seed(seed + feature)).to(row.device)
-                without, control = (
-                    _differences(model, hook, text, own, direction, clean)
-                    for direction in (row, random * (row.norm() / random.norm()))
-                )
-                n_forwards += len(missing) + 2 * len(own)
-                found[feature] = summary(without, control)
-                bar.update()
-    return {"loss": pa.array(found, LOSS)}, n_forwards
+    found: list[dict[str, object]] = []
+    for feature, own in removals(codes, text, features, seed):
+        missing = [each.start for each in own if each.start not in clean]
+        contexts = {start: text.context(start) for start in missing}
+        clean.update(zip(missing, losses(model, hook, list(contexts.values()), None), strict=True))
+        row = sae.W_dec[feature].float()
+        random = torch.randn(len(row), generator=torch.Generator().manual_seed(seed + feature)).to(row.device)
+        without, control = (
+            _differences(model, hook, text, own, direction, clean)
+            for direction in (row, random * (row.norm() / random.norm()))
+        )
+        forwards = len(missing) + 2 * len(own)
+        found.append({"feature": feature, "loss": summary(without, control), "n_forwards": forwards})
+    return pa.Table.from_pylist(found, schema=_SCHEMA)
 
 
 def summary(without: list[Tensor], control: list[Tensor]) -> dict[str, float | int] | None:
@@ -118,16 +113,28 @@ def summary(without: list[Tensor], control: list[Tensor]) -> dict[str, float | i
     }
 
 
-def read_text(tokens: Path) -> Text:
-    """The ids of tokens.parquet and where its contexts begin."""
-    table = pq.read_table(tokens, columns=["id", "position"])
-    return Text(table["id"].to_numpy(), np.flatnonzero(table["position"].to_numpy() == 0))
+def spread(codes: Sequence[Path], n: int) -> list[int]:
+    """So many latents at equal distances among those that fire."""
+    firing: set[int] = set()
+    for table in batches(codes, ["feature"]):
+        firing.update(np.unique(table["feature"].to_numpy()).tolist())
+    alive = sorted(firing)
+    return [alive[i * len(alive) // n] for i in range(n)] if len(alive) > n else alive
 
 
-def removals(codes: Path, text: Text, features: Sequence[int], seed: int) -> Iterator[tuple[int, list[Removal]]]:
+def read_text(tokens: Sequence[Path]) -> Text:
+    """The ids of all tokens and where their contexts begin."""
+    parts = [pq.read_table(part, columns=["id", "position"]) for part in tokens]
+    ids, positions = (np.concatenate([part[name].to_numpy() for part in parts]) for name in ("id", "position"))
+    return Text(ids, np.flatnonzero(positions == 0))
+
+
+def removals(
+    codes: Sequence[Path], text: Text, features: Sequence[int], seed: int
+) -> Iterator[tuple[int, list[Removal]]]:
     """Each latent that fires, with up to `N_CONTEXTS` contexts in which it does, drawn with `seed` and its number."""
-    parts = []
-    for table in pq.ParquetFile(codes).iter_batches(1 << 20, columns=["row", "feature", "value"]):
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))]
+    for table in batches(codes, ["row", "feature", "value"]):
         row, feature, value = (table[name].to_numpy() for name in ("row", "feature", "value"))
         kept = np.isin(feature, features)
         parts.append((row[kept], feature[kept], value[kept]))
@@ -195,12 +202,3 @@ def _adds(delta: Float[Tensor, "batch time d"]) -> Edit:
         return x.float() + delta
 
     return edit
-
-
-def _spread(codes: Path, n: int) -> list[int]:
-    """So many latents at equal distances among those that fire."""
-    firing: set[int] = set()
-    for table in pq.ParquetFile(codes).iter_batches(1 << 20, columns=["feature"]):
-        firing.update(np.unique(table["feature"].to_numpy()).tolist())
-    alive = sorted(firing)
-    return [alive[i * len(alive) // n] for i in range(n)] if len(alive) > n else alive

@@ -41,6 +41,7 @@ VOCAB: list[bytes] = [
 
 D_IN = 16
 CONTEXT = 128
+LOSS = {"nats": 0.0123, "error": 0.0021, "control": 0.0004, "n_contexts": 16, "n_tokens": 1843}
 
 
 def word_id(i: int) -> int:
@@ -93,8 +94,12 @@ def planted_codes(text: dict[str, np.ndarray], n_features: int, signed: bool, se
     return {"row": np.concatenate(rows), "feature": np.concatenate(features), "value": np.concatenate(values)}
 
 
-def planted_decoder(W_dec: np.ndarray, signed: bool) -> pa.Table:
-    """Logit tables and neighbours of random decoder rows, in the form that `build_store` takes."""
+def planted_decoder(W_dec: np.ndarray, signed: bool, whole: bool = False) -> pa.Table:
+    """Logit tables and neighbours of random decoder rows, in the form that `build_store` takes.
+
+    whole: also places and made-up figures: a feature fires together with the next two, and of feature 1 alone the
+    effect on the loss was measured.
+    """
     d_sae, d_in = W_dec.shape
     logits = W_dec @ np.random.default_rng(7).normal(size=(d_in, len(VOCAB))).astype(np.float32)
     logits -= logits.mean(axis=1, keepdims=True)
@@ -115,10 +120,27 @@ def planted_decoder(W_dec: np.ndarray, signed: bool) -> pa.Table:
                 "neighbours": [{"feature": int(j), "cosine": float(cosines[feature, j])} for j in near[feature]],
             }
         )
+    for feature, row in enumerate(rows if whole else []):
+        row |= {
+            "by_jaccard": [planted_pair(feature, 1, d_sae), planted_pair(feature, 2, d_sae)],
+            "by_phi": [planted_pair(feature, 1, d_sae)],
+            "x": float(W_dec[feature, 0]),
+            "y": float(W_dec[feature, 1]),
+            "cluster": feature % 3,
+            "loss": LOSS if feature == 1 else None,
+        }
     return pa.Table.from_pylist(rows)
 
 
-def planted_store(folder: Path, n_features: int = 36, signed: bool = False, n_documents: int = 160) -> Path:
+def planted_pair(feature: int, step: int, d_sae: int) -> dict[str, float]:
+    """What the next, or the one after the next, does on the feature's tokens."""
+    n = 30 // step
+    return {"feature": (feature + step) % d_sae, "n": n, "jaccard": n / 100, "chance": 0.02, "phi": n / 70}
+
+
+def planted_store(
+    folder: Path, n_features: int = 36, signed: bool = False, n_documents: int = 160, whole: bool = False
+) -> Path:
     """Make `folder` a dictionary folder: cfg.json, sae_weights.safetensors, features.duckdb. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     W_dec = np.random.default_rng(3).normal(size=(n_features, D_IN)).astype(np.float32)
@@ -160,7 +182,7 @@ def planted_store(folder: Path, n_features: int = 36, signed: bool = False, n_do
             "signed": "true" if signed else "false",
             "corpus": "planted words",
         },
-        per_feature=planted_decoder(W_dec, signed),
+        per_feature=planted_decoder(W_dec, signed, whole),
         options=BuildOptions(memory="512MiB", threads=1),
     )
     for name in ("tokens.parquet", "codes.parquet"):

@@ -11,7 +11,11 @@ from app.cli.options import json_option
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--activations/--no-activations", default=True, help="Drop the cached rows; the tokens stay.")
-@click.option("--checkpoints/--no-checkpoints", default=True, help="Drop checkpoints of finished dictionaries.")
+@click.option(
+    "--checkpoints/--no-checkpoints",
+    default=True,
+    help="Drop checkpoints of finished dictionaries, and unfinished indexes.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 def command(run: Path, activations: bool, checkpoints: bool, dry_run: bool, as_json: bool) -> None:

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from app.cli.options import COUNT, device_option, feature_numbers, json_option, overwrite_option
+from app.cli.options import COUNT, device_option, feature_numbers, gpus_option, json_option, overwrite_option
 
 
 @click.command()
@@ -18,7 +18,15 @@ from app.cli.options import COUNT, device_option, feature_numbers, json_option, 
     "48 forward passes of a context each. [default: none]",
 )
 @click.option("--features", metavar="NUMBERS", callback=feature_numbers, help="Or of these, such as 0-499 or 3,7,12.")
+@click.option(
+    "--map",
+    type=click.Choice(["pca", "umap"]),
+    default="pca",
+    show_default=True,
+    help="How the decoder rows are laid out in the plane. umap needs pip install 'sae-workbench[maps]'.",
+)
 @overwrite_option
+@gpus_option
 @device_option
 @json_option
 def command(
@@ -27,19 +35,27 @@ def command(
     batch: int,
     loss_effect: int | None,
     features: list[int] | None,
+    map: str,
     overwrite: bool,
+    gpus: int,
     device: str,
     as_json: bool,
 ) -> None:
     """Build the feature store of a dictionary from the activations that its run has cached.
 
     Density, histogram, logit lens, neighbours, examples, and what fires together of every latent, in features.duckdb
-    beside the dictionary. A new store takes the old one's place when it is done; explanations and scores stay.
+    beside the dictionary. A new store takes the old one's place when it is done; explanations and scores stay. Stopped,
+    the same command goes on where it was.
 
     Example: sae index runs/demo --tokens 1M
     """
     if features is not None and loss_effect is not None:
         raise click.UsageError("Give --features or --loss-effect, not both.")
+    from activations.ranks import Ranks
+    from app.cli.ranks import spread
+
+    if spread(gpus):
+        return
     from autointerp.index import index
     from data.store import open_store
 
@@ -50,7 +66,10 @@ def command(
         batch=batch,
         n_tokens=n_tokens,
         loss_effect=features or loss_effect or 0,
+        map=map,
     )
+    if not Ranks.from_environment().leads:
+        return
     with open_store(path.parent) as store:
         found = store.summary()
     if as_json:

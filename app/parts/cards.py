@@ -81,7 +81,7 @@ def neighbours_html(neighbours: Sequence[Neighbour], names: Mapping[int, str], q
         link(
             "feature",
             {**query, "feature": n.feature},
-            f'<span class="muted">{n.feature}</span><span class="label">{_name(names.get(n.feature))}</span>'
+            f'<span class="muted">{n.feature}</span><span class="label">{name_html(names.get(n.feature))}</span>'
             f'<span class="v">{number(n.cosine)}</span>',
             "near",
         )
@@ -121,7 +121,8 @@ def _token(piece: str) -> str:
     return shown(piece) or "&nbsp;"
 
 
-def _name(text: str | None) -> str:
+def name_html(text: str | None) -> str:
+    """An explanation in a line of a list."""
     return esc(text) if text else '<span class="muted">no explanation</span>'
 
 

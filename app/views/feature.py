@@ -23,6 +23,7 @@ from app.parts.examples import groups_html, legend_html
 from app.parts.markup import code, esc, link
 from app.parts.own_text import own_text
 from app.parts.pickers import pick_dictionary, query_of
+from app.parts.profile import coactive_html, loss_html, positions_html, quantiles_html
 from app.parts.score import score_html
 from app.queries import FeatureView
 from app.runs import Dictionary, sae
@@ -31,6 +32,7 @@ from data.store import Store, StoreError
 JUMP = "jump_to"
 WINDOWS, PEAKS = "whole windows", "around peaks"
 AROUND = 6
+CLUSTER = "Features whose decoder directions point the same way are a cluster; 0 is the largest."
 
 
 def page() -> None:
@@ -146,6 +148,7 @@ def show(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
     st.html(title_html(dictionary, view))
     st.html(stats_html(feature, queries.summary(dictionary).n_tokens, store.signed))
     panels(view)
+    profile(dictionary, view)
     left, right = st.columns([2.3, 1], gap="large")
     with left:
         examples(dictionary, store, view)
@@ -206,6 +209,20 @@ def panels(view: FeatureView) -> None:
     lowered.html(f'<div class="section">Lowers most</div>{logits_html(feature.bottom_logits, view.tokens, scale)}')
 
 
+def profile(dictionary: Dictionary, view: FeatureView) -> None:
+    """Quantiles, positions in the context, and the effect on the model's loss."""
+    if view.profile is None:
+        command = code(sae("index", dictionary.address, "--overwrite"))
+        added = "adds quantiles, positions, what fires together, clusters and loss effects"
+        st.html(f'<p class="small muted">This store is of an older version: {command} {added}.</p>')
+        return
+    measure = sae("index", dictionary.address, "--features", str(view.feature.feature), "--overwrite")
+    values, positions, loss = st.columns([1.25, 1.25, 2], gap="medium")
+    values.html(f'<div class="section">Quantiles of its values</div>{quantiles_html(view.profile.quantiles)}')
+    positions.html(f'<div class="section">Where in the context</div>{positions_html(view.profile.positions)}')
+    loss.html(f'<div class="section">Effect on the loss</div>{loss_html(view.profile.loss, measure)}')
+
+
 def examples(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
     """The own-text test, then the stored windows."""
     own_text(dictionary, view.feature)
@@ -233,7 +250,7 @@ def examples(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
 
 
 def beside(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
-    """Explanations, tokens and neighbours."""
+    """Explanations, tokens, neighbours and what fires together with it."""
     feature = view.feature
     if not feature.explanations and feature.alive:
         command = code(sae("label", dictionary.address, "--features", str(feature.feature)))
@@ -243,15 +260,24 @@ def beside(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
     for title, tokens in (
         ("Fires on most" + (", positive" if store.signed else ""), feature.top_tokens),
         ("Fires on most, negative", feature.bottom_tokens),
+        ("Strongest on" + (", positive" if store.signed else ""), view.profile.strong_tokens if view.profile else []),
+        ("Strongest on, negative", view.profile.weak_tokens if view.profile else []),
     ):
         if tokens:
             st.html(f'<div class="section">{title}</div>{fires_on_html(tokens, view.tokens)}')
     if feature.neighbours:
         how = "by |cosine| of the decoder directions" if store.signed else "by cosine of the decoder directions"
+        if view.profile is not None and view.profile.cluster is not None:
+            how += f"; cluster {view.profile.cluster}"
         st.html(
-            f'<div class="section">Neighbours <span class="muted">{how}</span></div>'
+            f'<div class="section">Neighbours <span class="muted" title="{CLUSTER}">{how}</span></div>'
             f"{neighbours_html(feature.neighbours, view.names, query_of(dictionary))}"
         )
+    if view.profile is not None and feature.alive:
+        found = view.profile.by_jaccard or view.profile.by_phi
+        body = coactive_html(view.profile.by_jaccard, view.profile.by_phi, view.names, query_of(dictionary))
+        none = '<p class="small muted">None meets it on 5 tokens or more.</p>'
+        st.html(f'<div class="section">Fires together with</div>{body if found else none}')
 
 
 page()

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -37,6 +38,19 @@ from tqdm import tqdm
 from data.store.errors import StoreError
 from data.store.files import sync
 from data.store.schema import QUANTILES, SCHEMA_VERSION, TABLES, create_tables, now
+from data.store.statements import (
+    BY_RANK,
+    EXAMPLES,
+    FAVOURITES,
+    FEATURES,
+    HISTOGRAMS,
+    INTERVALS,
+    MOMENTS,
+    PEAKS,
+    PROFILES,
+    RANDOMS,
+    TOPS,
+)
 
 GIVEN = {
     "features": ("top_logits", "bottom_logits", "logit_edges", "logit_counts", "neighbours"),
@@ -90,8 +104,9 @@ def build_store(
     n_features: int,
     vocab: Sequence[bytes],
     meta: Mapping[str, str],
-    per_feature: Path | pa.Table | None = None,
+    per_feature: pa.Table | Sequence[Sequence[Path]] | None = None,
     options: BuildOptions | None = None,
+    resume: str = "",
 ) -> Path:
     """Write the feature store `target` (a path that ends in features.duckdb) and return it.
 
@@ -99,9 +114,11 @@ def build_store(
     tokens: Parquet (row BIGINT, id INTEGER, doc INTEGER, position INTEGER, ordinary BOOLEAN); the rows of a context are
     consecutive and its positions count from 0.
     vocab: the bytes of token id 0, 1, ...
-    per_feature: what is not computed here, as Parquet or table: feature and any of the columns `GIVEN` (types as in
-    `schema.TABLES`); features that are not in it get empty lists,
-    and NULL for the rest.
+    per_feature: what is not computed here, as a table or as groups of Parquet files of the same columns: feature and
+    any of the columns `GIVEN` (types as in `schema.TABLES`), each in one group; features that are not in it get empty
+    lists, and NULL for the rest.
+    resume: names what the store is made of. A killed build is gone on with by the next one of the same name, as far as
+    the last whole step; "" always begins anew.
     meta: free text beside what is added here (schema, n_tokens, n_rows, n_documents, d_sae, window, seed, created).
 
     One builder for a folder at a time (the caller holds the lock). Needs disk beside the target: about 30 bytes a code.
@@ -109,29 +126,35 @@ def build_store(
     """
     options = options or BuildOptions()
     scratch = target.with_name(f".{target.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    named = scratch / "of.txt"
+    if not (resume and named.exists() and named.read_text(encoding="utf-8") == resume):
+        named.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        if resume:
+            named.write_text(resume, encoding="utf-8")
+    done = False
     try:
         with _connect(scratch, options) as connection:
             build = _Build(connection, options, n_features)
-            build.read_tokens(tokens)
-            build.read_codes(codes)
-            build.read_decoder(per_feature)
-            for low, high in tqdm(build.chunks(), desc="features", unit="chunk", disable=None):
-                build.features(low, high)
-                build.examples(low, high)
-            build.background()
-            build.finish(vocab, meta)
+            if not build.finished:
+                build.read_tokens(tokens)
+                build.read_codes(codes)
+                build.read_given(per_feature)
+                build.chunks()
+                build.finish(vocab, meta)
         sync(scratch / "store.duckdb")
         os.replace(scratch / "store.duckdb", target)
         sync(target.parent)
+        done = True
     except duckdb.Error as error:
         raise StoreError(
             f"{target} could not be built: {str(error).splitlines()[0]} "
             "(is the disk full, or an input file damaged? the store that was there is untouched)"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if done or not resume:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -144,8 +167,10 @@ def _nothing(kind: str) -> str:
 def _connect(scratch: Path, options: BuildOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the new store attached as `store` and a scratch database as `work`, both closed at the end."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shutil.rmtree(scratch / "spill", ignore_errors=True)
     connection = duckdb.connect(":memory:")
     try:
+        connection.execute("SET enable_progress_bar = false")  # it would write into what a command prints
         connection.execute("SET memory_limit = ?", [options.memory])
         connection.execute("SET threads = ?", [options.threads or usable or 1])
         connection.execute("SET temp_directory = ?", [str(scratch / "spill")])
@@ -168,16 +193,27 @@ class _Build:
         self.n_ordinary = 0
         self.unit = 1.0
         self.position_bins = 0
+        self.given: list[tuple[str, list[str]]] = []
+        """Of each group of columns the caller gives, the relation (which takes $given0 and so on) and their names."""
+        self.files: dict[str, list[str]] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything is in the store: its last step, whole or not done, writes the meta rows."""
+        return bool(self._one("SELECT count(*) FROM store.meta")[0])
 
     def read_tokens(self, paths: Sequence[Path]) -> None:
-        """Tokens, how often each id occurs, the split of each document, and the grid of windows."""
+        """Tokens, how often each id occurs, the split of each document, and the grid of windows.
+
+        Like all that fill `work`: what an earlier build of the same has made is there, whole, and is not made anew.
+        """
         files = [str(path) for path in paths]
         (context,) = self._one(
             "SELECT coalesce(max(position), 0)::BIGINT + 1 FROM read_parquet($files)", {"files": files}
         )
         self.position_bins = min(self.options.position_bins, context)
         self.sql.execute(
-            """CREATE TABLE work.tokens AS
+            """CREATE TABLE IF NOT EXISTS work.tokens AS
             SELECT row::BIGINT AS row, id::INTEGER AS id, doc::INTEGER AS doc, ordinary::BOOLEAN AS ordinary,
                    (position % $window)::INTEGER AS place, row - position % $window AS start,
                    position::INTEGER AS position, (position::BIGINT * $bins // $context)::INTEGER AS bin
@@ -185,20 +221,16 @@ class _Build:
             {"files": files, "window": self.options.window, "bins": self.position_bins, "context": context},
         )
         self.sql.execute(
-            """INSERT INTO store.positions
-            SELECT bin, min(position), max(position), count(*) FILTER (ordinary)
-            FROM work.tokens GROUP BY bin ORDER BY bin"""
+            """CREATE TABLE IF NOT EXISTS work.occurrences AS
+            SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"""
         )
         self.sql.execute(
-            "CREATE TABLE work.occurrences AS SELECT id, count(*) AS n FROM work.tokens WHERE ordinary GROUP BY id"
-        )
-        self.sql.execute(
-            """CREATE TABLE work.documents AS
+            """CREATE TABLE IF NOT EXISTS work.documents AS
             SELECT doc, if(md5_number_lower('split ' || doc) % 2 = 0, 'explain', 'score') AS split
             FROM (SELECT DISTINCT doc FROM work.tokens)"""
         )
         self.sql.execute(
-            """CREATE TABLE work.windows AS
+            """CREATE TABLE IF NOT EXISTS work.windows AS
             SELECT start, arg_min(doc, row) AS doc, min(split) AS split, list(id ORDER BY row) AS token_ids
             FROM work.tokens JOIN work.documents USING (doc)
             GROUP BY start HAVING min(split) = max(split) ORDER BY start"""
@@ -212,7 +244,7 @@ class _Build:
         files = [str(path) for path in paths]
         (given,) = self._one("SELECT count(*) FROM read_parquet($files) WHERE value <> 0", {"files": files})
         self.sql.execute(
-            """CREATE TABLE work.fired AS
+            """CREATE TABLE IF NOT EXISTS work.fired AS
             SELECT codes.feature::INTEGER AS feature, codes.value::FLOAT AS value, id, start, place, bin
             FROM read_parquet($files) AS codes JOIN work.tokens AS tokens ON codes.row = tokens.row AND tokens.ordinary
             WHERE codes.value <> 0 ORDER BY codes.feature, codes.row""",
@@ -231,27 +263,34 @@ class _Build:
         if found:
             self.unit = 2.0 ** (math.frexp(largest)[1] - 40)
 
-    def read_decoder(self, per_feature: Path | pa.Table | None) -> None:
-        """What the caller computed, with the columns that it left out."""
-        table = pq.read_table(per_feature) if isinstance(per_feature, Path) else per_feature
-        if table is None:
-            table = pa.table({"feature": pa.array([], pa.int32())})
-        columns = ", ".join(
-            f"{name if name in table.column_names else _nothing(kind)}::{kind} AS {name}"
-            for part, names in GIVEN.items()
-            for name in names
-            for kind in [TABLES[part][name]]
-        )
-        self.sql.register("given", table)
-        self.sql.execute(f"CREATE TABLE work.decoder AS SELECT feature::INTEGER AS feature, {columns} FROM given")
-        self.sql.unregister("given")
+    def read_given(self, per_feature: pa.Table | Sequence[Sequence[Path]] | None) -> None:
+        """Where what the caller computed is read from, a chunk of features at a time."""
+        if per_feature is None:
+            return
+        if isinstance(per_feature, pa.Table):
+            self.sql.register("given_table", per_feature)
+            self.given = [("given_table", per_feature.column_names)]
+            return
+        for number, paths in enumerate(per_feature):
+            self.files[f"given{number}"] = [str(path) for path in paths]
+            self.given.append((f"read_parquet($given{number})", pq.read_schema(paths[0]).names))
 
-    def chunks(self) -> list[tuple[int, int]]:
+    def chunks(self) -> None:
+        """All features that an earlier build has not done, some at a time."""
+        (done,) = self._one("SELECT coalesce(max(feature) + 1, 0) FROM store.features")
+        ranges = [each for each in self.ranges() if each[0] >= done]
+        for low, high in tqdm(ranges, desc="features", unit="chunk", disable=None):
+            with self._whole():
+                self.features(low, high)
+                self.examples(low, high)
+
+    def ranges(self) -> list[tuple[int, int]]:
         """Ranges [low, high) of features that cover all of them, each within the options' sizes."""
-        counts = dict(self.sql.execute("SELECT feature, count(*) FROM work.fired GROUP BY feature").fetchall())
+        found = self.sql.execute("SELECT feature, count(*) AS n FROM work.fired GROUP BY feature").fetchnumpy()
+        counts = np.zeros(self.n_features, np.int64)
+        counts[found["feature"]] = found["n"]
         ranges, low, held = [], 0, 0
-        for feature in range(self.n_features):
-            n = counts.get(feature, 0)
+        for feature, n in enumerate(counts.tolist()):
             full = held + n > self.options.chunk_codes or feature - low >= self.options.chunk_features
             if feature > low and full:
                 ranges.append((low, feature))
@@ -264,40 +303,61 @@ class _Build:
     def features(self, low: int, high: int) -> None:
         """The `features` and `profiles` rows of one chunk."""
         chunk, bins = {"low": low, "high": high}, self.options.bins
+        self._decoder(low, high)
         self.sql.execute(
-            "CREATE OR REPLACE TEMP TABLE moments AS " + _MOMENTS.replace("LEVELS", str(list(QUANTILES))),
+            "CREATE OR REPLACE TEMP TABLE moments AS " + MOMENTS.replace("LEVELS", str(list(QUANTILES))),
             {**chunk, "unit": self.unit},
         )
-        self.sql.execute("CREATE OR REPLACE TEMP TABLE histograms AS " + _HISTOGRAMS, {**chunk, "bins": bins})
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE histograms AS " + HISTOGRAMS, {**chunk, "bins": bins})
         self.sql.execute(
-            "CREATE OR REPLACE TEMP TABLE favourites AS " + _FAVOURITES,
+            "CREATE OR REPLACE TEMP TABLE favourites AS " + FAVOURITES,
             {**chunk, "unit": self.unit, "keep": self.options.top_tokens},
         )
-        self.sql.execute(_FEATURES, {**chunk, "n_ordinary": self.n_ordinary})
-        self.sql.execute(_PROFILES, {**chunk, "unit": self.unit, "bins": self.position_bins})
+        self.sql.execute(FEATURES, {**chunk, "n_ordinary": self.n_ordinary})
+        self.sql.execute(PROFILES, {**chunk, "unit": self.unit, "bins": self.position_bins})
+
+    def _decoder(self, low: int, high: int) -> None:
+        """What the caller gave of one chunk, as a table `decoder` with all columns."""
+        home = {name: f"part{number}" for number, (_, names) in enumerate(self.given) for name in names}
+        columns = "".join(
+            f", {f'{home[name]}.{name}' if name in home else _nothing(kind)}::{kind} AS {name}"
+            for part, names in GIVEN.items()
+            for name in names
+            for kind in [TABLES[part][name]]
+        )
+        joins = "".join(
+            f" LEFT JOIN (SELECT * FROM {relation} WHERE feature >= $low AND feature < $high) AS part{number}"
+            f" ON part{number}.feature = every.feature"
+            for number, (relation, _) in enumerate(self.given)
+        )
+        self.sql.execute(
+            "CREATE OR REPLACE TEMP TABLE decoder AS "
+            f"SELECT every.feature{columns} FROM range($low, $high) AS every(feature){joins}",
+            {"low": low, "high": high, **self.files},
+        )
 
     def examples(self, low: int, high: int) -> None:
         """The `examples` rows of one chunk; follows `features`, whose extremes set the bands."""
         options = self.options
         self.sql.execute(
-            "CREATE OR REPLACE TEMP TABLE peaks AS " + _PEAKS,
+            "CREATE OR REPLACE TEMP TABLE peaks AS " + PEAKS,
             {"low": low, "high": high, "bands": options.bands},
         )
-        self.sql.execute("CREATE OR REPLACE TEMP TABLE tops AS " + _TOPS, {"top": options.top})
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE tops AS " + TOPS, {"top": options.top})
         levels = [band / options.bands for band in range(1, options.bands)] or [1.0]
-        self.sql.execute("CREATE OR REPLACE TEMP TABLE by_rank AS " + _BY_RANK.replace("LEVELS", str(levels)))
+        self.sql.execute("CREATE OR REPLACE TEMP TABLE by_rank AS " + BY_RANK.replace("LEVELS", str(levels)))
         for kind, source in (("interval", "peaks"), ("quantile", "by_rank")):
             self.sql.execute(
-                f"CREATE OR REPLACE TEMP TABLE {kind}s AS " + _INTERVALS.replace("SOURCE", source),
+                f"CREATE OR REPLACE TEMP TABLE {kind}s AS " + INTERVALS.replace("SOURCE", source),
                 {"kind": kind, "keep": options.per_band, "seed": options.seed},
             )
         self.sql.execute(
-            "CREATE OR REPLACE TEMP TABLE randoms AS " + _RANDOMS, {"keep": options.random, "seed": options.seed}
+            "CREATE OR REPLACE TEMP TABLE randoms AS " + RANDOMS, {"keep": options.random, "seed": options.seed}
         )
         places = ", ".join(
             f"coalesce(any_value(value) FILTER (place = {place}), 0::FLOAT)" for place in range(options.window)
         )
-        self.sql.execute(_EXAMPLES.replace("PLACES", places), {"low": low, "high": high})
+        self.sql.execute(EXAMPLES.replace("PLACES", places), {"low": low, "high": high})
 
     def background(self) -> None:
         """A random sample of windows, half from each split while they last, and what fires in them."""
@@ -318,10 +378,7 @@ class _Build:
         )
 
     def finish(self, vocab: Sequence[bytes], meta: Mapping[str, str]) -> None:
-        """Vocabulary and meta rows; then everything is in the file."""
-        table = pa.table({"id": pa.array(range(len(vocab)), pa.int32()), "bytes": pa.array(vocab, pa.binary())})
-        self.sql.register("given", table)
-        self.sql.execute("INSERT INTO store.vocab SELECT id, bytes FROM given")
+        """What is not of one feature: positions, background, vocabulary, meta; then everything is in the file."""
         n_rows, n_documents = self._one("SELECT count(*), count(DISTINCT doc) FROM work.tokens")
         known = {
             "created": now(),
@@ -336,178 +393,31 @@ class _Build:
             "bands": self.options.bands,
             "seed": self.options.seed,
         }
-        rows = [(key, str(value)) for key, value in known.items()]
-        self.sql.executemany("INSERT INTO store.meta VALUES (?, ?)", rows)
+        table = pa.table({"id": pa.array(range(len(vocab)), pa.int32()), "bytes": pa.array(vocab, pa.binary())})
+        self.sql.register("vocabulary", table)
+        with self._whole():
+            self.sql.execute(
+                """INSERT INTO store.positions
+                SELECT bin, min(position), max(position), count(*) FILTER (ordinary)
+                FROM work.tokens GROUP BY bin ORDER BY bin"""
+            )
+            self.background()
+            self.sql.execute("INSERT INTO store.vocab SELECT id, bytes FROM vocabulary")
+            rows = [(key, str(value)) for key, value in known.items()]
+            self.sql.executemany("INSERT INTO store.meta VALUES (?, ?)", rows)
         self.sql.execute("CHECKPOINT store")
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """One transaction: a kill inside leaves nothing of it in the store."""
+        self.sql.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self.sql.execute("ROLLBACK")
+            raise
+        self.sql.execute("COMMIT")
 
     def _one(self, query: str, parameters: object = None) -> tuple[Any, ...]:
         rows = self.sql.execute(query, parameters).fetchall()
         return tuple(rows[0])
-
-
-# Sums are of whole numbers of `unit` (a 2^-40th of the largest value): a float sum depends on the threads.
-_MOMENTS = """
-SELECT feature, count(*) AS n, greatest(max(value), 0) AS highest, least(min(value), 0) AS lowest,
-       sum(CAST(value::DOUBLE / $unit AS BIGINT))::DOUBLE * $unit / count(*) AS mean,
-       quantile_cont(value::DOUBLE, LEVELS) AS quantiles
-FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY feature
-"""
-
-_HISTOGRAMS = """
-WITH counts AS (
-    SELECT feature, count(*) AS n,
-           least($bins - 1, floor((value::DOUBLE - lowest) / (highest::DOUBLE - lowest) * $bins)::INTEGER) AS bin
-    FROM work.fired JOIN moments USING (feature) WHERE feature >= $low AND feature < $high GROUP BY ALL),
-grid AS (SELECT feature, bin::INTEGER AS bin FROM moments, range($bins) AS bins(bin))
-SELECT feature, list(coalesce(counts.n, 0) ORDER BY bin) AS counts
-FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature
-"""
-
-_FAVOURITES = """
-WITH counts AS (
-    SELECT feature, value > 0 AS positive, id, count(*) AS n, sum(CAST(value::DOUBLE / $unit AS BIGINT)) AS total
-    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY ALL),
-ranked AS (
-    SELECT *, row_number() OVER (PARTITION BY feature, positive ORDER BY n DESC, abs(total) DESC, id) AS rank
-    FROM counts),
-kept AS (
-    SELECT *, abs(total)::DOUBLE / n AS size,
-           row_number() OVER (PARTITION BY feature, positive, n >= 3 ORDER BY size DESC, id) AS place
-    FROM ranked QUALIFY rank <= $keep OR (n >= 3 AND place <= $keep)),
-named AS (
-    SELECT feature, positive, rank, place, kept.n AS n,
-           struct_pack(id := id, n := kept.n, share := kept.n / occurrences.n,
-                       mean := total::DOUBLE * $unit / kept.n) AS token
-    FROM kept JOIN work.occurrences AS occurrences USING (id))
-SELECT feature, positive, coalesce(list(token ORDER BY rank) FILTER (rank <= $keep), []) AS tokens,
-       coalesce(list(token ORDER BY place) FILTER (n >= 3 AND place <= $keep), []) AS strong
-FROM named GROUP BY feature, positive
-"""
-
-_FEATURES = """
-INSERT INTO store.features
-SELECT feature, n IS NOT NULL, coalesce(n, 0), coalesce(n, 0) / $n_ordinary,
-       coalesce(highest, 0), coalesce(lowest, 0), mean, quantiles[3], quantiles[5], quantiles[7],
-       CASE WHEN n IS NULL THEN [] ELSE list_transform(range(len(histograms.counts) + 1),
-            lambda i: lowest + (highest::DOUBLE - lowest) * i / len(histograms.counts)) END,
-       coalesce(histograms.counts, []),
-       coalesce(top_logits, []), coalesce(bottom_logits, []), coalesce(logit_edges, []), coalesce(logit_counts, []),
-       coalesce(neighbours, []), coalesce(plus.tokens, []), coalesce(minus.tokens, [])
-FROM range($low, $high) AS every(feature)
-LEFT JOIN moments USING (feature)
-LEFT JOIN histograms USING (feature)
-LEFT JOIN favourites AS plus ON plus.feature = every.feature AND plus.positive
-LEFT JOIN favourites AS minus ON minus.feature = every.feature AND NOT minus.positive
-LEFT JOIN work.decoder AS decoder ON decoder.feature = every.feature
-ORDER BY every.feature
-"""
-
-_PROFILES = """
-INSERT INTO store.profiles
-WITH counts AS (
-    SELECT feature, bin, count(*) AS n, sum(CAST(value::DOUBLE / $unit AS BIGINT)) AS total
-    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY ALL),
-grid AS (SELECT feature, bin::INTEGER AS bin FROM range($low, $high) AS every(feature), range($bins) AS bins(bin)),
-places AS (
-    SELECT feature, list(coalesce(n, 0) ORDER BY bin) AS counts,
-           list(coalesce(total::DOUBLE * $unit / n, 0) ORDER BY bin) AS means
-    FROM grid LEFT JOIN counts USING (feature, bin) GROUP BY feature)
-SELECT places.feature, coalesce(quantiles, []), coalesce(plus.strong, []), coalesce(minus.strong, []), counts, means,
-       coalesce(by_jaccard, []), coalesce(by_phi, []), x, y, cluster, loss
-FROM places
-LEFT JOIN work.decoder AS decoder ON decoder.feature = places.feature
-LEFT JOIN moments ON moments.feature = places.feature
-LEFT JOIN favourites AS plus ON plus.feature = places.feature AND plus.positive
-LEFT JOIN favourites AS minus ON minus.feature = places.feature AND NOT minus.positive
-ORDER BY places.feature
-"""
-
-_PEAKS = """
-WITH ends AS (
-    SELECT feature, start, max(value) AS high, min(value) AS low
-    FROM work.fired WHERE feature >= $low AND feature < $high GROUP BY feature, start),
-poles AS (
-    SELECT feature, '+' AS pole, start, high AS peak, highest AS extreme FROM ends JOIN moments USING (feature)
-    WHERE high > 0
-    UNION ALL
-    SELECT feature, '-', start, low, lowest FROM ends JOIN moments USING (feature) WHERE low < 0)
-SELECT feature, pole, start, doc, split, peak,
-       least($bands - 1, floor(peak::DOUBLE / extreme * $bands)::INTEGER) AS band
-FROM poles JOIN work.windows USING (start)
-"""
-
-# Ranking every window would sort millions of rows for a dozen. So each of the next three first finds the few largest of
-# a group (or those of smallest lot), with ties, and ranks only these.
-
-# `again`: this window is not its document's best; such windows come after all the others. Of them the `top` best are
-# among the 2 `top` largest windows wherever they are needed, which is where there are fewer documents than `top`.
-_TOPS = """
-WITH bests AS (
-    SELECT feature, pole, split, best.size AS size, -best.back AS start
-    FROM (SELECT feature, pole, split, max(struct_pack(size := abs(peak), back := -start)) AS best
-          FROM peaks GROUP BY feature, pole, split, doc)),
-best_edges AS (SELECT feature, pole, split, list_min(max(size, $top)) AS edge FROM bests GROUP BY ALL),
-edges AS (SELECT feature, pole, split, list_min(max(abs(peak), 2 * $top)) AS edge FROM peaks GROUP BY ALL),
-candidates AS (
-    SELECT feature, pole, split, start, size, false AS again
-    FROM bests JOIN best_edges USING (feature, pole, split) WHERE size >= edge
-    UNION ALL
-    SELECT feature, pole, split, start, abs(peak), true
-    FROM peaks JOIN edges USING (feature, pole, split) ANTI JOIN bests USING (feature, pole, start)
-    WHERE abs(peak) >= edge),
-ranked AS (
-    SELECT feature, pole, start, row_number() OVER (PARTITION BY feature, pole ORDER BY again, size DESC, start) <= $top
-               AS true_top,
-           row_number() OVER (PARTITION BY feature, pole, split ORDER BY again, size DESC, start) AS in_split
-    FROM candidates QUALIFY true_top OR in_split <= $top // 2)
-SELECT feature, pole, 'top' AS kind, band, start, doc, split, peak,
-       row_number() OVER (PARTITION BY feature, pole ORDER BY true_top DESC, abs(peak) DESC, start) - 1 AS rank
-FROM ranked JOIN peaks USING (feature, pole, start)
-"""
-
-# The bands of `interval` are of equal width, these hold equally many windows: most values are small.
-_BY_RANK = """
-WITH edges AS (SELECT feature, pole, quantile_disc(abs(peak), LEVELS) AS edges FROM peaks GROUP BY ALL)
-SELECT feature, pole, start, doc, split, peak, len(list_filter(edges, lambda edge: abs(peak) > edge))::INTEGER AS band
-FROM peaks JOIN edges USING (feature, pole)
-"""
-
-_INTERVALS = """
-WITH lots AS (SELECT *, hash(feature, start, $seed, $kind) AS lot FROM SOURCE),
-edges AS (SELECT feature, pole, band, split, list_max(min(lot, $keep)) AS edge FROM lots GROUP BY ALL),
-ranked AS (
-    SELECT lots.*, row_number() OVER (PARTITION BY feature, pole, band, split ORDER BY lot, start) AS turn
-    FROM lots JOIN edges USING (feature, pole, band, split) WHERE lot <= edge QUALIFY turn <= $keep),
-chosen AS (
-    SELECT *, row_number() OVER (PARTITION BY feature, pole, band ORDER BY turn, lot, start) AS place
-    FROM ranked QUALIFY place <= $keep)
-SELECT feature, pole, $kind AS kind, band, start, doc, split, peak,
-       row_number() OVER (PARTITION BY feature, pole ORDER BY band, place) - 1 AS rank
-FROM chosen
-"""
-
-_RANDOMS = """
-WITH lots AS (SELECT *, hash(feature, start, $seed, 'random') AS lot FROM peaks),
-edges AS (SELECT feature, pole, split, list_max(min(lot, $keep)) AS edge FROM lots GROUP BY ALL),
-ranked AS (
-    SELECT lots.*, row_number() OVER (PARTITION BY feature, pole, split ORDER BY lot, start) AS turn
-    FROM lots JOIN edges USING (feature, pole, split) WHERE lot <= edge QUALIFY turn <= $keep)
-SELECT feature, pole, 'random' AS kind, band, start, doc, split, peak,
-       row_number() OVER (PARTITION BY feature, pole ORDER BY turn, lot, start) - 1 AS rank
-FROM ranked QUALIFY rank < $keep
-"""
-
-# PLACES is one value for each place of a window: a wide aggregate is far cheaper here than a list built from a join.
-_EXAMPLES = """
-INSERT INTO store.examples
-WITH chosen AS (FROM tops UNION ALL FROM intervals UNION ALL FROM quantiles UNION ALL FROM randoms),
-wanted AS (SELECT DISTINCT feature, start FROM chosen),
-values AS (
-    SELECT feature, start, list_value(PLACES) AS acts
-    FROM work.fired JOIN wanted USING (feature, start)
-    WHERE feature >= $low AND feature < $high GROUP BY feature, start)
-SELECT feature, pole, kind, band, rank, chosen.doc, start, chosen.split, token_ids,
-       acts[:len(token_ids)], peak, list_position(acts, peak) - 1
-FROM chosen JOIN values USING (feature, start) JOIN work.windows USING (start)
-ORDER BY feature, pole, kind, rank
-"""

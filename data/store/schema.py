@@ -408,10 +408,10 @@ SINCE = {"positions": 2, "profiles": 2}
 
 
 def create_tables(connection: duckdb.DuckDBPyConnection, catalog: str, tables: Iterable[str] = tuple(TABLES)) -> None:
-    """Make empty tables of the newest schema in `catalog`; all of them, or some."""
+    """Make the empty tables of the newest schema that `catalog` lacks; all of them, or some."""
     for table in tables:
         body = ", ".join(f'"{name}" {kind}' for name, kind in TABLES[table].items())
-        connection.execute(f"CREATE TABLE {catalog}.{table} ({body})")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {catalog}.{table} ({body})")
 
 
 def _add_profiles(connection: duckdb.DuckDBPyConnection) -> None:

@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     root = tmp_path_factory.mktemp("home") / "runs"
     run = root / "demo"
     for name in (FULL, SIGNED):
-        folder = planted_store(run / "dictionaries" / name, n_features=N_FEATURES, signed=name == SIGNED)
+        folder = planted_store(run / "dictionaries" / name, n_features=N_FEATURES, signed=name == SIGNED, whole=True)
         finish(folder, model_folder)
         explain(folder)
     empty_store(run / "dictionaries" / EMPTY)

@@ -131,13 +131,18 @@ def test_clean_drops_what_can_be_made_again_and_nothing_else(tiny_folder, tmp_pa
     collect = ["collect", run, "--model", tiny_folder, "--hook", HOOK, "--tokens", "20k"]
     sae(*collect)
     sae("train", run, "--d-sae", 64, "-k", 4, "--tokens", "20k", "--batch", 256, "--name", "a")
+    left = run / "dictionaries" / "a" / ".index"  # by an index that was killed
+    left.mkdir()
+    (left / "plan.json").write_text("{}")
     shard = run / "activations" / HOOK / "shard-00000.safetensors"
     before, kept = shard.read_bytes(), (run / "dictionaries/a/sae_weights.safetensors").read_bytes()
     assert "would be freed" in sae("clean", run, "--dry-run")
     assert shard.exists()
+    assert left.exists()
     freed = json.loads(sae("clean", run, "--json"))["freed"]
     assert freed > len(before)
     assert not shard.parent.exists()
+    assert not left.exists()
     assert (run / "dictionaries/a/sae_weights.safetensors").read_bytes() == kept
     assert "nothing to drop" in sae("clean", run)
     assert "has no activations at" in wrong("train", run, "--hook", HOOK)

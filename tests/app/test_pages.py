@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.parts.strip import number
+from data.store import QUANTILES, Store, open_store
 from tests.app.conftest import BARE, EMPTY, FULL, N_FEATURES, SIGNED, html_of
 
 OpenPage = Callable[..., AppTest]
@@ -189,6 +191,57 @@ def test_a_dead_feature_says_so_and_still_shows_its_direction(open_page: OpenPag
     assert "Raises most" in html
     assert "near" in html
     assert len(app.get("plotly_chart")) == 1  # the logits; there are no values
+
+
+def test_what_the_index_knows_is_shown_with_its_definitions(open_page: OpenPage, runs: Path):
+    html = html_of(open_page("feature", **FULL_URL, feature="1"))
+    with open_store(runs / "demo" / FULL) as store:
+        profile = store.profile(1)
+    assert profile is not None
+    levels = re.findall(r'<span><span class="muted">(\d+) %</span> ([^<]+)</span>', html)
+    assert levels == [(f"{100 * q:.0f}", number(v)) for q, v in zip(QUANTILES, profile.quantiles, strict=True)]
+    bars = html[html.index('class="places"') : html.index('class="ends')]
+    assert bars.count("<i ") == len(profile.positions) == 16
+    assert 'role="img" aria-label="Share of tokens on which it fires, by position in the context: 0 to 7, ' in bars
+    most = max(profile.positions, key=lambda each: each.n_active / max(each.n_tokens, 1))
+    assert f"fires on {most.n_active:,} of {most.n_tokens:,} tokens" in bars
+    assert bars.count("height:100%") >= 1
+    assert "<b>+0.0123</b> \u00b1 0.00210 nats a token" in html
+    assert "mean over 1,843 predicted tokens of 16 contexts in which it fires" in html
+    assert "cluster 1<" in html
+    assert "Strongest on" in html
+    together = html[html.index("Fires together with") :]
+    pairs = re.findall(r'feature=(\d+)"><span class="muted">\d+</span><span class="label">(.*?)</span>', together)
+    assert [int(feature) for feature, _ in pairs] == [2, 3]
+    assert pairs[0][1] == "model words 2"
+    assert "both fire on 30 tokens; Jaccard 0.300, by chance 0.0200" in together
+    assert re.findall(r'<span class="v">([\d.]+)</span></a>', together) == ["0.429", "0.214"]
+
+
+def test_what_was_not_measured_names_the_command(open_page: OpenPage, runs: Path):
+    html = html_of(open_page("feature", **FULL_URL, feature="2"))
+    assert f"Not measured: <code>sae index {runs}/demo/{FULL} --features 2 --overwrite</code>" in html
+    dead = html_of(open_page("feature", **FULL_URL, feature=str(N_FEATURES - 1)))
+    assert "It fires at no position" in dead
+    assert "there are no values" in dead
+    assert "Fires together with" not in dead
+
+
+def test_a_store_of_an_older_version_says_what_adds_the_rest(
+    open_page: OpenPage, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Store, "profile", lambda _store, _number: None)
+    html = html_of(open_page("feature", **FULL_URL, feature="41"))  # no other test remembers it
+    assert f"<code>sae index {runs}/demo/{FULL} --overwrite</code> adds quantiles" in html
+    assert "Neighbours" in html
+    assert "Where in the context" not in html
+
+
+def test_a_signed_feature_has_the_tokens_of_both_poles(open_page: OpenPage):
+    html = html_of(open_page("feature", **SIGNED_URL, feature="1"))
+    assert "Strongest on, positive" in html
+    assert "Strongest on, negative" in html
+    assert re.search(r'<span class="muted">1 %</span> \u2212', html)
 
 
 @pytest.mark.parametrize("number", ["70", "-1", "x", "1e3", "\u0663", "999999999999999", "0; DROP TABLE features", ""])

@@ -58,7 +58,7 @@ OURS = {
     "mark",
     "tbody",
 }
-ATTRIBUTES = {"class", "style", "title", "href", "dir", "data-v", "data-k", "role", "aria-hidden"}
+ATTRIBUTES = {"class", "style", "title", "href", "dir", "data-v", "data-k", "role", "aria-hidden", "aria-label"}
 
 
 class Tags(HTMLParser):

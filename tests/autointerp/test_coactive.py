@@ -1,7 +1,5 @@
 """Co-activation against a dense table of all pairs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from autointerp import coactive
-from autointerp.coactive import coactive_columns, sampled
+from autointerp.coactive import coactive_tables, sampled, sampled_firings
 
 D_SAE, N_ROWS = 40, 3000
 
@@ -23,6 +21,14 @@ def write(folder: Path, fires: np.ndarray, ordinary: np.ndarray) -> tuple[Path, 
     pq.write_table(pa.table({"row": row, "feature": feature.astype(np.int32), "value": value}), codes)
     pq.write_table(pa.table({"row": np.arange(len(fires)), "ordinary": ordinary}), tokens)
     return codes, tokens
+
+
+def coactive_columns(codes: Path, tokens: Path) -> tuple[pa.Table, int]:
+    """(by_jaccard and by_phi of every latent, the tokens that were counted)."""
+    fires = sampled_firings([codes], [tokens], D_SAE)
+    table = pa.concat_tables(coactive_tables(fires))
+    assert table["feature"].to_pylist() == list(range(D_SAE))
+    return table, fires.shape[0]
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def test_every_number_is_that_of_the_dense_table(
 ) -> None:
     monkeypatch.setattr(coactive, "BLOCK", block)
     ordinary = np.arange(N_ROWS) % 8 != 0
-    columns, n = coactive_columns(*write(tmp_path, fires, ordinary), D_SAE)
+    columns, n = coactive_columns(*write(tmp_path, fires, ordinary))
     assert n == ordinary.sum()
     for name in ("by_jaccard", "by_phi"):
         for i, found in enumerate(columns[name].to_pylist()):
@@ -73,7 +79,7 @@ def test_a_sample_is_of_evenly_spread_tokens(
 ) -> None:
     ordinary = np.arange(N_ROWS) % 8 != 0
     monkeypatch.setattr(coactive, "FIRINGS", int(fires[ordinary].sum()) // 3)
-    columns, n = coactive_columns(*write(tmp_path, fires, ordinary), D_SAE)
+    columns, n = coactive_columns(*write(tmp_path, fires, ordinary))
     assert n == pytest.approx(ordinary.sum() / 3, rel=0.02)
     kept = ordinary & sampled(np.arange(N_ROWS), int(fires[ordinary].sum()) // 3 / fires[ordinary].sum())
     found = [(p["feature"], p["n"]) for p in columns["by_jaccard"].to_pylist()[0]]
@@ -82,29 +88,3 @@ def test_a_sample_is_of_evenly_spread_tokens(
     assert residues.min() >= 25
     assert residues.max() <= 35
     assert sampled(np.arange(1000), 1.0).all()
-
-
-WIDE = """
-import resource, sys
-from pathlib import Path
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-from autointerp.coactive import coactive_columns
-folder, d_sae, n = Path(sys.argv[1]), 131072, 1_000_000
-rng = np.random.default_rng(0)
-with pq.ParquetWriter(folder / "codes.parquet", pa.schema([("row", pa.int64()), ("feature", pa.int32())])) as writer:
-    for first in range(0, n, 50_000):
-        rows = np.repeat(np.arange(first, first + 50_000), 32)
-        features = (d_sae * rng.random(len(rows)) ** 3).astype(np.int32)  # a few are dense
-        writer.write_table(pa.table({"row": rows, "feature": features}))
-pq.write_table(pa.table({"row": np.arange(n), "ordinary": np.ones(n, bool)}), folder / "tokens.parquet")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-columns, counted = coactive_columns(folder / "codes.parquet", folder / "tokens.parquet", d_sae)
-assert len(columns["by_phi"]) == d_sae and sum(map(len, columns["by_phi"].to_pylist())) > d_sae
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
-@pytest.mark.slow
-def test_131_072_latents_take_less_than_1_gib(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", WIDE, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1024

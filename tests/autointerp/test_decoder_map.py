@@ -1,12 +1,19 @@
 """The map and clusters of decoder rows whose places are known."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from activations import InputError
 from autointerp import decoder_map
-from autointerp.decoder_map import clusters, flat, map_columns
+from autointerp.decoder_map import check_map, clusters, flat, map_table
+from autointerp.lens import neighbours
 
 
 def bundles(n: int, d: int, each: int, noise: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +49,52 @@ def test_rows_of_a_bundle_are_one_cluster_whatever_their_length(signed: bool) ->
     assert torch.equal(found, (which != larger).long())
 
 
+def decoder(path: Path, W_dec: torch.Tensor, *, signed: bool) -> list[Path]:
+    """The neighbours of all rows, as the index has them."""
+    found, cosines = neighbours(W_dec, W_dec.norm(dim=1), 0, len(W_dec), signed=signed)
+    near = [
+        [{"feature": int(j), "cosine": float(c)} for j, c in zip(*each, strict=True)]
+        for each in zip(found, cosines, strict=True)
+    ]
+    pq.write_table(pa.table({"feature": pa.array(range(len(W_dec)), pa.int32()), "neighbours": near}), path)
+    return [path]
+
+
 def test_columns_have_an_entry_a_latent_and_are_the_same_every_time() -> None:
     W_dec = bundles(9, 16, 9)[0]
-    columns, share = map_columns(W_dec, signed=False)
-    assert 0 < share < 1
-    assert {len(column) for column in columns.values()} == {81}
-    assert max(columns["cluster"].to_pylist()) < 9
-    assert columns == map_columns(W_dec, signed=False)[0]
-    alone, _ = map_columns(torch.ones(1, 1), signed=False)
-    assert {name: column.to_pylist() for name, column in alone.items()} == {"x": [0.0], "y": [0.0], "cluster": [0]}
+    table, facts = map_table(W_dec, "pca", [], signed=False)
+    assert 0 < float(facts["map_variance"]) < 1
+    assert table["feature"].to_pylist() == list(range(81))
+    assert max(table["cluster"].to_pylist()) < 9
+    assert table == map_table(W_dec, "pca", [], signed=False)[0]
+    alone, _ = map_table(torch.ones(1, 1), "pca", [], signed=False)
+    assert alone.to_pylist() == [{"feature": 0, "x": 0.0, "y": 0.0, "cluster": 0}]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_umap_shows_bundles_apart_and_folds_the_signs(tmp_path: Path, signed: bool) -> None:
+    W_dec, which = bundles(5, 16, 40)
+    table, facts = map_table(W_dec, "umap", decoder(tmp_path / "a", W_dec, signed=signed), signed=signed)
+    assert "UMAP" in facts["map"]
+    assert "map_variance" not in facts
+    places = torch.tensor([table["x"].to_pylist(), table["y"].to_pylist()]).T
+    distances = torch.cdist(places, places).fill_diagonal_(torch.inf)
+    assert torch.equal(which[distances.argmin(dim=1)], which)
+    within = distances[(which[:, None] == which) & distances.isfinite()].mean()
+    assert within * 2 < distances[which[:, None] != which].mean()
+    again, _ = map_table(W_dec, "umap", decoder(tmp_path / "a", W_dec, signed=signed), signed=signed)
+    assert again == table
+    if signed:
+        flipped = W_dec * torch.where(torch.arange(len(W_dec)) % 3 == 0, -1.0, 1.0)[:, None]
+        mirrored, _ = map_table(flipped, "umap", decoder(tmp_path / "b", flipped, signed=True), signed=True)
+        assert mirrored == table
+
+
+def test_a_map_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="'tsne' is unknown: expected one of pca, umap"):
+        check_map("tsne")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"pip install 'sae-workbench\[maps\]'"):
+        check_map("umap")
+    with pytest.raises(InputError, match="of 2 latents is none"):
+        map_table(torch.eye(2), "umap", [], signed=False)

@@ -1,8 +1,17 @@
 """`index` on a run of one random model and a cache whose codes are known: rows are chosen, not captured."""
 
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO, cast
 
 import duckdb
 import pytest
@@ -14,12 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations import InputError, Run, load_model
 from activations.files import lock
+from activations.ranks import Ranks
 from activations.tokens import Tokens
 from app.cli.index import command
 from autointerp import index as module
-from autointerp.index import index, logit_lens, neighbours
+from autointerp import lens
+from autointerp.index import index
+from autointerp.lens import logit_lens, neighbours
+from autointerp.scratch import Scratch
 from data.store import open_store
-from sae import save_sae
+from sae import load_sae, save_sae
 from sae.architectures.abstopk import AbsTopKConfig, AbsTopKSAE
 from sae.architectures.topk import TopKConfig, TopKSAE
 from tests.tiny import HOOK, plant
@@ -210,30 +223,39 @@ def test_the_logit_lens_is_the_centred_product_and_leaves_out_entries_without_te
 
 def test_the_lens_histogram_counts_every_logit_once() -> None:
     W_U = torch.tensor([[-4.0, -3.9, 0.0, 1.0, 4.0]])
-    lens = logit_lens(torch.tensor([[1.0], [0.0]]), W_U, torch.arange(5).numpy())
-    assert lens.counts[0].nonzero()[0].tolist() == [0, 20, 25, 39]  # bars of 0.2 from -4 to 4
-    assert lens.counts[0][[0, 20, 25, 39]].tolist() == [2, 1, 1, 1]
-    assert lens.counts[1].tolist() == [5] + [0] * 39
-    assert lens.top_ids[0].tolist() == [4, 3, 2, 1, 0]
-    assert lens.bottom_values[0].tolist() == pytest.approx([-4.0, -3.9, 0.0, 1.0, 4.0])
+    found = logit_lens(torch.tensor([[1.0], [0.0]]), W_U, torch.arange(5).numpy())
+    assert found.counts[0].nonzero()[0].tolist() == [0, 20, 25, 39]  # bars of 0.2 from -4 to 4
+    assert found.counts[0][[0, 20, 25, 39]].tolist() == [2, 1, 1, 1]
+    assert found.counts[1].tolist() == [5] + [0] * 39
+    assert found.top_ids[0].tolist() == [4, 3, 2, 1, 0]
+    assert found.bottom_values[0].tolist() == pytest.approx([-4.0, -3.9, 0.0, 1.0, 4.0])
 
 
 def test_neighbours_are_nearest_first_without_the_latent_itself() -> None:
     angles = torch.deg2rad(torch.tensor([0.0, 10.0, 165.0, 90.0]))
-    unit = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found, cosines = neighbours(unit, 0, 1, signed=False)
+    W_dec = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([1.0, 3.0, 0.2, 2.0])[:, None]
+    found, cosines = neighbours(W_dec, W_dec.norm(dim=1), 0, 1, signed=False)
     assert found.tolist() == [[1, 3, 2]]
     assert cosines[0].tolist() == pytest.approx([0.9848, 0.0, -0.9659], abs=1e-4)
-    found, cosines = neighbours(unit, 2, 4, signed=True)
+    found, cosines = neighbours(W_dec, W_dec.norm(dim=1), 2, 4, signed=True)
     assert found.tolist() == [[0, 1, 3], [2, 1, 0]]
     assert cosines[0].tolist() == pytest.approx([-0.9659, -0.9063, 0.2588], abs=1e-4)
+
+
+@pytest.mark.parametrize("m", [10, 2000, 2048])
+def test_the_largest_are_those_of_the_whole_row(m: int) -> None:
+    x = torch.randn(50, m, generator=torch.Generator().manual_seed(0))
+    x[0] = -torch.rand(m)
+    assert torch.equal(lens.largest(x, 7), x.argsort(dim=1, descending=True)[:, :7])
 
 
 def test_pieces_of_the_decoder_join_to_the_whole(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     features = []
-    for cells in (1 << 25, N_WORDS * 3):
-        monkeypatch.setattr(module, "_CELLS", cells)
+    for cells, rows in ((1 << 23, 4096), (N_WORDS * 2, 3)):
+        monkeypatch.setattr(lens, "_CELLS", cells)
+        for each in (lens, module):
+            monkeypatch.setattr(each, "ROWS", rows)
         with open_store(index(run, overwrite=True).parent) as store:
             features.append([store.feature(number) for number in range(D)])
     assert features[0] == features[1]
@@ -285,11 +307,56 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_store(make_run: MakeRun, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_codes", full)
-    with pytest.raises(InputError, match="could not be indexed: .*No space left"):
-        index(run, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "code_tables", full)
+        with pytest.raises(InputError, match="could not be indexed: .*No space left.*run the same again"):
+            index(run, overwrite=True)
     assert path.read_bytes() == before
+    index(run, overwrite=True)
     assert not (path.parent / ".index").exists()
+
+
+def test_parts_are_gone_on_with_for_the_same_dictionary_and_options_alone(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(signed=True)
+    folder = run / "dictionaries" / "planted"
+
+    def full(*_: object, **__: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    def stop_before_the_store(**options: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "build_store", full)
+            with pytest.raises(InputError, match="No space left"):
+                index(run, **options)
+
+    def shards_encoded(**options: int) -> int:
+        seen = []
+        encode = module.code_tables
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "code_tables", lambda *given, **named: seen.append(0) or encode(*given, **named))
+            index(run, **options)
+        return len(seen)
+
+    stop_before_the_store()
+    (folder / ".index" / "codes-00001.parquet").unlink()
+    assert shards_encoded() == 1
+    first = tables(folder / "features.duckdb")
+    (folder / "features.duckdb").unlink()
+    stop_before_the_store()
+    assert shards_encoded(n_tokens=700) == 2
+    (folder / "features.duckdb").unlink()
+    stop_before_the_store()
+    sae = load_sae(folder)
+    with torch.no_grad():
+        sae.W_enc.mul_(2)
+    save_sae(sae, folder)
+    assert shards_encoded() == 2
+    second = tables(folder / "features.duckdb")
+    assert first["features"] != second["features"]
+    with open_store(folder) as store:
+        assert store.feature(0).max == ordinary().amax(dim=0)[0] * 2
 
 
 def test_the_command_prints_what_it_made_and_what_comes_next(make_run: MakeRun) -> None:
@@ -313,3 +380,112 @@ def test_the_command_prints_what_it_made_and_what_comes_next(make_run: MakeRun) 
             assert set(effects) == ({1} if "1,7" in option else {0, 3})  # 7 never fires
             assert effects[min(effects)].n_contexts == 16
             assert int(store.meta["loss_effect_forwards"]) >= 32 * len(effects)
+
+
+KILLED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from activations import load_model
+from autointerp import index, lens
+index.ROWS = lens.ROWS = 3
+index.BLOCK, index.CHUNK = 2, 100
+from sae import load_sae
+load_sae(sys.argv[1])
+load_model(sys.argv[2], dtype="float32", device="cpu")(torch.zeros(1, 3, dtype=torch.long))
+print("ready", flush=True)
+for _ in sys.stdin:  # a child each, so that the imports are done once
+    child = os.fork()
+    if child == 0:
+        index.index(sys.argv[1], device="cpu", batch=64, loss_effect=5)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def tables(store: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of all tables, in their order, but when the store was made."""
+    with duckdb.connect(str(store), read_only=True) as connection:
+        names = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
+        found = {name: connection.execute(f"FROM {name}").fetchall() for name in names}
+    assert {"features", "profiles", "examples", "window_peaks", "positions", "meta"} <= set(found)
+    found["meta"] = [row for row in found["meta"] if row[0] != "created"]
+    return found
+
+
+@pytest.mark.slow
+def test_an_index_killed_at_any_moment_goes_on_and_ends_in_the_store_of_an_unbroken_one(
+    make_run: MakeRun, model_folder: Path
+) -> None:
+    folder = make_run(signed=True) / "dictionaries" / "planted"
+    scratch, store = folder / ".index", folder / "features.duckdb"
+    command = [sys.executable, "-c", KILLED, str(folder), str(model_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as parent:
+        stdin, stdout = cast(TextIO, parent.stdin), cast(TextIO, parent.stdout)
+
+        def state() -> dict[str, int]:
+            """The parts and the unfinished store, by name, with sizes."""
+            found = {}
+            for path in [*scratch.glob("*"), *folder.glob(".features.duckdb.building/*")]:
+                with suppress(FileNotFoundError):  # gone since it was listed
+                    found[path.name] = path.stat().st_size
+            return found
+
+        def run(changes: int | None, delay: float = 0.0) -> int:
+            """Its exit code; changes: killed so many seconds after so many changes of `state`, None for not at all."""
+            stdin.write("go\n")
+            child, last = int(stdout.readline()), state()
+            while changes and not store.exists():
+                now = state()
+                changes, last = changes - (now != last), now
+            if changes is not None:
+                time.sleep(delay)
+                with suppress(ProcessLookupError):  # it may have ended
+                    os.kill(child, signal.SIGKILL)
+            return int(stdout.readline())
+
+        assert stdout.readline() == "ready\n"
+        assert run(None) == 0
+        whole = tables(store)
+        seen: list[frozenset[str]] = []
+        moments = random.Random(0)
+        for _ in range(4):
+            store.unlink()
+            while not store.exists():
+                if run(moments.randrange(1, 9), moments.uniform(0, 0.05)) == -signal.SIGKILL:
+                    seen.append(frozenset(state()))
+            shutil.rmtree(scratch, ignore_errors=True)  # of a kill after the store was there
+            assert tables(store) == whole
+        stdin.close()
+    assert len(set(seen)) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one(make_run: MakeRun) -> None:
+    run = make_run(signed=True)
+    store = run / "dictionaries" / "planted" / "features.duckdb"
+    script = str(Path(sys.executable).with_name("sae"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [script, "index", str(run), "--device", "cpu", "--loss-effect", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for each in (command, [*launcher, *command]):
+        done = subprocess.run(each, capture_output=True, text=True, env=env, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("features fire") == 1  # the leader alone reports
+        found.append(tables(store))
+        again = subprocess.run(each, capture_output=True, text=True, env=env, timeout=200)
+        assert again.returncode != 0
+        assert again.stderr.count("is indexed already") == 1
+        store.unlink()
+        assert not (store.parent / ".index").exists()
+    assert found[0] == found[1]
+
+
+def test_ranks_take_turns_at_the_parts(tmp_path: Path) -> None:
+    def lacking(rank: int) -> list[int]:
+        return Scratch(tmp_path, Ranks(rank, 3)).lacking("codes", 8)
+
+    Scratch(tmp_path).path("codes", 4).touch()
+    assert [lacking(rank) for rank in range(3)] == [[0, 3, 6], [1, 7], [2, 5]]

@@ -11,8 +11,9 @@ from activations.capture import collect
 from activations.model import Model
 from activations.run import Run
 from autointerp import loss_effect
-from autointerp.index import write_codes
-from autointerp.loss_effect import measure_effects, summary
+from autointerp.codes import code_tables, tokens_table
+from autointerp.loss_effect import measure_effects, read_text, spread, summary
+from autointerp.scratch import Scratch
 from sae.architectures.topk import TopKConfig, TopKSAE
 from steering import steer
 from steering.edit import ablate
@@ -33,7 +34,9 @@ def run(tmp_path: Path, model: Model) -> Run:
     run = new_run(tmp_path / "run", n_tokens=sum(LENGTHS))
     collect(run, model, [HOOK], ragged(LENGTHS), dtype="float32")
     cache = run.activations(HOOK)
-    write_codes(dictionary(), cache, tmp_path, batch=50, n_tokens=None)
+    scratch, n = Scratch(tmp_path), cache.rows_of(0)
+    scratch.write("codes", 0, code_tables(dictionary(), cache, 0, 0, n, batch=50))
+    scratch.write("tokens", 0, [tokens_table(cache, 0, 0, n)])
     return run
 
 
@@ -57,14 +60,15 @@ def test_the_effect_is_that_of_an_ablation_in_the_contexts_where_it_fires(
     run: Run, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_effect, "N_CONTEXTS", 1000)
-    monkeypatch.setattr(loss_effect, "_BLOCK", 2)
     sae = dictionary()
     wanted = [5, 2, 11]
-    columns, n_forwards = measure_effects(sae, model, tmp_path / "codes.parquet", tmp_path / "tokens.parquet", wanted)
+    scratch = Scratch(tmp_path)
+    text = read_text(scratch.parts("tokens"))
+    table = measure_effects(sae, model, text, scratch.parts("codes"), wanted)
     sink = run.activations(HOOK).sink_threshold
     assert sink > max(float(run.activations(HOOK).rows(0).norm(dim=1).max()), 0), "no row is a sink here"
-    found = columns["loss"].to_pylist()
-    assert [i for i, effect in enumerate(found) if effect] == sorted(wanted)
+    found = dict(zip(table["feature"].to_pylist(), table["loss"].to_pylist(), strict=True))
+    assert list(found) == wanted
     forwards, seen = 0, set()
     for feature in wanted:
         differences = []
@@ -84,7 +88,7 @@ def test_the_effect_is_that_of_an_ablation_in_the_contexts_where_it_fires(
         assert found[feature]["n_contexts"] == sum(len(each) > 0 for each in differences)
         assert 0 < found[feature]["error"] < 1
         assert found[feature]["control"] != found[feature]["nats"]
-    assert n_forwards == forwards + len(seen)
+    assert sum(table["n_forwards"].to_pylist()) == forwards + len(seen)
 
 
 def fires(sae: TopKSAE, model: Model, ids: torch.Tensor, feature: int) -> bool:
@@ -97,13 +101,13 @@ def fires(sae: TopKSAE, model: Model, ids: torch.Tensor, feature: int) -> bool:
 
 
 def test_a_few_contexts_are_drawn_and_the_same_ones_each_time(run: Run, model: Model, tmp_path: Path) -> None:  # noqa: ARG001
-    paths = tmp_path / "codes.parquet", tmp_path / "tokens.parquet"
-    some, n_forwards = measure_effects(dictionary(), model, *paths, 4)
-    assert some == measure_effects(dictionary(), model, *paths, 4)[0]
-    effects = [effect for effect in some["loss"].to_pylist() if effect]
-    assert len(effects) == 4
-    assert all(effect["n_contexts"] <= 16 for effect in effects)
-    assert n_forwards <= len(LENGTHS) + 2 * 16 * 4
+    scratch = Scratch(tmp_path)
+    text, codes = read_text(scratch.parts("tokens")), scratch.parts("codes")
+    some = measure_effects(dictionary(), model, text, codes, spread(codes, 4))
+    assert some == measure_effects(dictionary(), model, text, codes, spread(codes, 4))
+    assert all(effect["n_contexts"] <= 16 for effect in some["loss"].to_pylist())
+    assert len(some) == 4
+    assert sum(some["n_forwards"].to_pylist()) <= len(LENGTHS) + 2 * 16 * 4
 
 
 def test_the_mean_is_over_tokens_and_the_error_over_contexts() -> None:
