@@ -55,12 +55,15 @@ def index(
     n_tokens: int | None = None,
     loss_effect: int | Sequence[int] = 0,
     map: str = "pca",
+    examples: int = 56,
 ) -> Path:
     """Build the feature store of a dictionary (RUN, RUN/ID or its folder) and return its path.
 
     n_tokens: index only the first so many cached tokens; None for all. batch: rows encoded at once, at most.
     loss_effect: features whose effect on the model's loss is measured (`autointerp.loss_effect`): how many, or which.
     map: how the decoder rows are laid out in the plane, one of `autointerp.decoder_map.MAPS`.
+    examples: windows of 32 tokens that are kept of each feature and pole: the top ones, some from intervals of its value
+    and of its rank, and random ones.
     Killed, it goes on when it is called again with the same arguments; started by torchrun, the ranks share the work.
     Memory: beside dictionary and model less than 1 GiB, whatever the width, but for 4 bytes a token where the loss
     effect is measured. Disk, while it runs: about 50 bytes a code.
@@ -69,9 +72,11 @@ def index(
     """
     if n_tokens is not None and n_tokens < 1:
         raise InputError(f"n_tokens={n_tokens} is too small: expected at least 1.")
+    if examples < 6:
+        raise InputError(f"examples={examples} is too small: expected at least 6, one or more of each kind.")
     check_map(map)
     which = loss_effect if isinstance(loss_effect, int) else sorted(set(loss_effect))
-    options = {"n_tokens": n_tokens, "batch": batch, "loss_effect": which, "map": map}
+    options = {"n_tokens": n_tokens, "batch": batch, "loss_effect": which, "map": map, "examples": examples}
     with joined() as ranks, ExitStack() as stack:
 
         def prepare() -> _Work:
@@ -187,11 +192,18 @@ def _store(work: _Work) -> Path:
         vocab=pq.read_table(scratch.path("vocab"))["bytes"].to_pylist(),
         meta=meta,
         per_feature=groups,
-        options=BuildOptions(memory=MEMORY, threads=THREADS, chunk_codes=CHUNK),
+        options=BuildOptions(memory=MEMORY, threads=THREADS, chunk_codes=CHUNK, **_kinds(work.options["examples"])),
         resume=scratch.fingerprint(),
     )
     scratch.remove()
     return path
+
+
+def _kinds(examples: int) -> dict[str, int]:
+    """How many examples of each kind, as `BuildOptions` has them: of 56, 12 top ones, 4 of each of 4 intervals of value
+    and of 4 of rank, and 12 random ones."""
+    bands, per_band, random = 4 if examples >= 20 else 2, max(examples // 14, 1), max(3 * examples // 14, 1)
+    return {"top": examples - 2 * bands * per_band - random, "bands": bands, "per_band": per_band, "random": random}
 
 
 def _told(work: _Work, step: Callable[[_Work], T]) -> T:

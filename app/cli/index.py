@@ -25,6 +25,9 @@ from app.cli.options import COUNT, device_option, feature_numbers, gpus_option, 
     show_default=True,
     help="How the decoder rows are laid out in the plane. umap needs pip install 'sae-workbench[maps]'.",
 )
+@click.option(
+    "--examples", type=click.IntRange(6, 400), default=56, show_default=True, help="Windows kept of each feature."
+)
 @overwrite_option
 @gpus_option
 @device_option
@@ -36,6 +39,7 @@ def command(
     loss_effect: int | None,
     features: list[int] | None,
     map: str,
+    examples: int,
     overwrite: bool,
     gpus: int,
     device: str,
@@ -67,6 +71,7 @@ def command(
         n_tokens=n_tokens,
         loss_effect=features or loss_effect or 0,
         map=map,
+        examples=examples,
     )
     if not Ranks.from_environment().leads:
         return

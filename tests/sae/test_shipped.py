@@ -34,7 +34,7 @@ def test_each_gives_back_what_its_hook_gives(folder, model):
     sae = load_sae(folder)
     assert sae.metadata["hook_name"] == sae.hook
     assert sae.metadata["model_revision"] == Run.open(folder.parents[1]).meta["revision"]
-    assert "/" not in sae.metadata["dataset_path"].split(";")[0]
+    assert "/" not in sae.metadata["dataset_path"]
     from activations.splice import read
 
     ids = model.encode("The committee met on Tuesday to discuss the budget, and nobody agreed about anything at all.")
