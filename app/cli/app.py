@@ -35,7 +35,7 @@ def command(runs_dir: Path, port: int, host: str, open_browser: bool) -> None:
     if runs_dir.exists() and not runs_dir.is_dir():
         raise click.ClickException(f"{runs_dir} is a file, expected the folder that holds the runs: give its parent.")
     refuse_busy_port(host, port)
-    runs_dir = _or_shipped(runs_dir)
+    runs_dir = or_shipped(runs_dir)
     address = f"http://{_in_address(_reachable(host))}:{port}"
     signal.signal(signal.SIGTERM, _leave)
     server = subprocess.Popen(server_command(host, port), env=server_environment(runs_dir))
@@ -53,7 +53,7 @@ def command(runs_dir: Path, port: int, host: str, open_browser: bool) -> None:
         raise click.ClickException(f"The server stopped with status {status}: see its output above.")
 
 
-def _or_shipped(runs_dir: Path) -> Path:
+def or_shipped(runs_dir: Path) -> Path:
     """`runs_dir`, or the runs that ship where it has none."""
     from app.runs import list_runs, shown_path
 

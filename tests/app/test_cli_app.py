@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from app.cli.app import MAIN, command, server_command, server_environment
+from app.cli.app import MAIN, command, or_shipped, server_command, server_environment
+from app.runs import list_runs
 
 HOME = Path(__file__).parents[2]
 
@@ -79,6 +80,17 @@ def test_the_server_is_told_where_the_runs_are_and_keeps_the_environment(tmp_pat
     monkeypatch.setenv("HF_HOME", "/somewhere")
     assert server_environment(tmp_path)["SAE_RUNS_DIR"] == str(tmp_path)
     assert server_environment(tmp_path)["HF_HOME"] == "/somewhere"
+
+
+def test_where_there_is_no_run_those_that_ship_are_opened(tmp_path: Path, runs: Path, monkeypatch, capsys):
+    monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    assert or_shipped(runs) == runs
+    assert capsys.readouterr().out == ""
+    opened = or_shipped(tmp_path / "nothing")
+    assert "sae demo" in capsys.readouterr().out
+    names = {f"{run.name}/{d.name}": d.has_store for run in list_runs(opened) for d in run.dictionaries}
+    assert names["smollm2-l15/batchtopk"]
+    assert len(names) == 4
 
 
 def test_the_host_is_this_machine_unless_told_otherwise():
