@@ -31,6 +31,11 @@ class Dictionary:
     evaluation: dict[str, Any] | None
 
     @property
+    def architecture(self) -> str:
+        """The name that it was trained under; SAELens may know the finished dictionary by another."""
+        return str(self.config.get("trained_architecture", self.config.get("architecture", "?")))
+
+    @property
     def has_store(self) -> bool:
         return (self.folder / STORE_FILE).is_file()
 

@@ -101,7 +101,7 @@ def figures(dictionary: Dictionary, counts: Counts | str | None) -> list[tuple[s
     """(name, value or None, definition) of every figure on the card."""
     measured = _measured(dictionary)
     shown = [
-        ("architecture", str(dictionary.config.get("architecture", "?")), "How latents are chosen and trained."),
+        ("architecture", dictionary.architecture, "How latents are chosen and trained."),
         ("d_sae", _whole(dictionary.config.get("d_sae")), "Number of latents."),
     ]
     shown += [(name, *_metric(measured.get(key), form)) for key, name, form in EVALUATED]

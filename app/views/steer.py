@@ -104,7 +104,7 @@ def is_signed(dictionary: Dictionary) -> bool:
     try:
         return queries.store_of(dictionary).signed
     except StoreError:
-        entry = REGISTRY.get(str(dictionary.config.get("architecture")))
+        entry = REGISTRY.get(dictionary.architecture)
         return entry is not None and entry.sae.signed
 
 
