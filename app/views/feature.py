@@ -9,6 +9,7 @@ import random
 import streamlit as st
 
 from app import figures, queries
+from app.feature_file import features_html
 from app.parts import notices
 from app.parts.cards import (
     explanations_html,
@@ -61,6 +62,8 @@ def page() -> None:
                 f"{dictionary.address} has. Type one above.",
             )
             return
+        with bar:
+            download(dictionary, store, feature)
         show(dictionary, store, queries.feature_view(dictionary, feature))
     except StoreError as error:
         notices.no_store(dictionary, error)
@@ -114,6 +117,20 @@ def move(dictionary: Dictionary, store: Store, feature: int | None) -> None:
         shortcut="x",
         on_click=go_random,
         args=(dictionary,),
+    )
+
+
+def download(dictionary: Dictionary, store: Store, feature: int) -> None:
+    """The feature as a file to pass on, made when it is asked for."""
+    st.download_button(
+        "HTML",
+        lambda: features_html(store, [feature]),
+        f"{dictionary.name}-feature-{feature}.html",
+        "text/html",
+        key="html",
+        help="This feature as one file that opens without a server",
+        on_click="ignore",
+        icon=":material/download:",
     )
 
 
