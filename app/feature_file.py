@@ -91,10 +91,10 @@ def _head(store: Store, features: Sequence[int], named: Mapping[int, str]) -> st
         f'<meta http-equiv="Content-Security-Policy" content="{esc(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="sae-workbench {esc(version("sae-workbench"))}">\n'
-        f"<title>{what} of {esc(_name(store))}</title>\n"
+        f"<title>{what} of {esc(store.title)}</title>\n"
         f'<link rel="icon" href="data:image/svg+xml,{quote(ICON)}">\n'
         f'<style>\n{style}</style></head>\n<body class="stApp stHtml"><header>'
-        f'<h1 class="page-title">{what} of {esc(_name(store))}</h1><p class="about muted small">{facts}</p>'
+        f'<h1 class="page-title">{what} of {esc(store.title)}</h1><p class="about muted small">{facts}</p>'
         + (f'<nav class="contents" aria-label="Features">{contents}</nav>' if len(features) > 1 else "")
         + "</header>\n"
     )
@@ -216,18 +216,12 @@ def _end(store: Store, n_tokens: int) -> str:
         "orange is positive, blue and underlined negative, the peak of a window bold. Hover over a coloured token, a "
         "bar or a figure for what it is.</p>"
         f"<p>Written by sae-workbench {esc(version('sae-workbench'))} from the feature store of "
-        f"{esc(store.meta.get('created', '')[:10])}. {code(_name(store))}</p></footer></body></html>\n"
+        f"{esc(store.meta.get('created', '')[:10])}. {code(store.title)}</p></footer></body></html>\n"
     )
 
 
 def _sampled(store: Store) -> str:
     return f"{int(store.meta.get('coactivation_tokens', '0')):,}"
-
-
-def _name(store: Store) -> str:
-    """RUN/ID by the names of the folders, or the folder's name where it lies in no run."""
-    folder = store.folder.resolve()
-    return f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == "dictionaries" else folder.name
 
 
 def _bare(value: str) -> str:
