@@ -1,13 +1,16 @@
 """A store on object storage, at a server that speaks S3's protocol: it answers as on the disk, and is only read."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from pyarrow import fs
 
+from app.cli import main
 from data.store import Explanation, Store, StoreError, bucket, open_store
 from tests.planted import planted_store
 
@@ -194,3 +197,18 @@ def test_a_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(StoreError, match="cannot be reached") as told:
         open_store(ADDRESS)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.usefixtures("there")
+def test_commands_that_only_read_take_the_address(tmp_path: Path):
+    said = CliRunner().invoke(main, ["search", ADDRESS, "on 2", "--by", "words", "--json"])
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.output)
+    assert (found["address"], len(found["hits"])) == (ADDRESS, 1)
+    out = tmp_path / "f.html"
+    done = CliRunner().invoke(main, ["export", ADDRESS, str(out), "--format", "html", "--features", "2"])
+    assert done.exit_code == 0, done.output
+    assert '<h1 class="page-title">Feature 2 of run/it&#x27;s</h1>' in out.read_text(encoding="utf-8")
+    refused = CliRunner().invoke(main, ["label", ADDRESS, "--explainer", "lexical"])
+    assert isinstance(refused.exception, StoreError)
+    assert "read only here" in str(refused.exception)
