@@ -21,7 +21,7 @@ from app.parts.cards import (
     explanations_html,
     fires_on_html,
     logits_html,
-    neighbour_line,
+    neighbours_html,
     pole_chip,
     source_chip,
     stats_html,
@@ -29,11 +29,11 @@ from app.parts.cards import (
 from app.parts.examples import groups_html, legend_html
 from app.parts.histogram import histogram_svg
 from app.parts.markup import code, esc
-from app.parts.profile_cards import coactive_html, quantiles_html
+from app.parts.profile import coactive_html, loss_html, positions_html, quantiles_html
 from app.parts.score import score_html
 from app.queries import FeatureView, view_of
 from app.theme import ICON, css_variables
-from data.store import Feature, Neighbour, Profile, Store, open_store
+from data.store import Feature, Store, open_store
 
 HERE = Path(__file__).resolve().parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -105,12 +105,11 @@ def _css(name: str) -> str:
 
 
 def _article(store: Store, number: int, n_tokens: int, here: frozenset[int]) -> str:
-    view, profile = view_of(store, number), store.profile(number)
-    feature, beside = view.feature, _beside(store, view, profile, here)
+    view = view_of(store, number)
+    feature, beside = view.feature, _beside(store, view, here)
     return (
         f'<article id="feature-{number}">{_title(feature)}{stats_html(feature, n_tokens, store.signed)}'
-        f"{quantiles_html(profile) if profile else ''}"
-        f'<div class="panels">{_panels(view)}</div>'
+        f'<div class="panels">{_panels(view)}{_profile(view)}</div>'
         f'<div class="sides"><div>{_examples(store, view, n_tokens)}</div><aside>{beside}</aside></div>'
         "</article>\n"
     )
@@ -160,6 +159,17 @@ def _panels(view: FeatureView) -> str:
     )
 
 
+def _profile(view: FeatureView) -> str:
+    profile = view.profile
+    if profile is None or not view.feature.alive:
+        return ""
+    return (
+        _section("Quantiles of its values", quantiles_html(profile.quantiles))
+        + _section("Where in the context", positions_html(profile.positions))
+        + (_section("Effect on the loss", loss_html(profile.loss, "")) if profile.loss else "")
+    )
+
+
 def _examples(store: Store, view: FeatureView, n_tokens: int) -> str:
     if not view.feature.alive:
         return f'<p class="muted">It fired on none of {n_tokens:,} ordinary tokens, so there are no examples.</p>'
@@ -167,31 +177,26 @@ def _examples(store: Store, view: FeatureView, n_tokens: int) -> str:
     return legend_html(view.feature, store.signed) + groups
 
 
-def _beside(store: Store, view: FeatureView, profile: Profile | None, here: frozenset[int]) -> str:
-    feature = view.feature
+def _beside(store: Store, view: FeatureView, here: frozenset[int]) -> str:
+    feature, profile = view.feature, view.profile
 
-    def refer(number: int, inner: str) -> str:
-        return f'<a href="#feature-{number}">{inner}</a>' if number in here else inner
-
-    def near(neighbour: Neighbour) -> str:
-        line = neighbour_line(neighbour, view.names.get(neighbour.feature))
-        if neighbour.feature in here:
-            return f'<a class="near" href="#feature-{neighbour.feature}">{line}</a>'
-        return f'<div class="near">{line}</div>'
+    def refer(number: int, inner: str, style: str) -> str:
+        if number in here:
+            return f'<a class="{style}" href="#feature-{number}">{inner}</a>'
+        return f'<div class="{style}">{inner}</div>'
 
     how = "by |cosine| of the decoder directions" if store.signed else "by cosine of the decoder directions"
+    positive = ", positive" if store.signed else ""
+    tables = {"Fires on most" + positive: feature.top_tokens, "Fires on most, negative": feature.bottom_tokens}
     together = ""
     if profile is not None:
-        met = [each.feature for each in [*profile.by_phi, *profile.by_jaccard]]
-        names = {e.feature: e.text for e in reversed(store.explanations(met))}
-        together = coactive_html(profile, names, refer)
+        tables |= {"Strongest on" + positive: profile.strong_tokens, "Strongest on, negative": profile.weak_tokens}
+        if profile.by_jaccard or profile.by_phi:
+            together = coactive_html(profile.by_jaccard, profile.by_phi, view.names, refer)
     return (
         _section("Other explanations", explanations_html(feature.explanations[1:], feature.scores))
-        + _section(
-            "Fires on most" + (", positive" if store.signed else ""), fires_on_html(feature.top_tokens, view.tokens)
-        )
-        + _section("Fires on most, negative", fires_on_html(feature.bottom_tokens, view.tokens))
-        + _section("Neighbours", "".join(map(near, feature.neighbours)), how)
+        + "".join(_section(title, fires_on_html(tokens, view.tokens)) for title, tokens in tables.items())
+        + _section("Neighbours", neighbours_html(feature.neighbours, view.names, refer), how)
         + _section("Fires together with", together, f"on {_sampled(store)} tokens")
     )
 

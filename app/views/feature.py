@@ -21,7 +21,7 @@ from app.parts.cards import (
     stats_html,
 )
 from app.parts.examples import groups_html, legend_html
-from app.parts.markup import code, esc, link
+from app.parts.markup import code, esc, in_app, link
 from app.parts.own_text import own_text
 from app.parts.pickers import pick_dictionary, query_of
 from app.parts.profile import coactive_html, loss_html, positions_html, quantiles_html
@@ -288,11 +288,11 @@ def beside(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
             how += f"; cluster {view.profile.cluster}"
         st.html(
             f'<div class="section">Neighbours <span class="muted" title="{CLUSTER}">{how}</span></div>'
-            f"{neighbours_html(feature.neighbours, view.names, query_of(dictionary))}"
+            f"{neighbours_html(feature.neighbours, view.names, in_app(query_of(dictionary)))}"
         )
     if view.profile is not None and feature.alive:
         found = view.profile.by_jaccard or view.profile.by_phi
-        body = coactive_html(view.profile.by_jaccard, view.profile.by_phi, view.names, query_of(dictionary))
+        body = coactive_html(view.profile.by_jaccard, view.profile.by_phi, view.names, in_app(query_of(dictionary)))
         none = '<p class="small muted">None meets it on 5 tokens or more.</p>'
         st.html(f'<div class="section">Fires together with</div>{body if found else none}')
 

@@ -1,6 +1,5 @@
 """Features as one HTML file: whole, small, inert whatever is in it, and the same as the page's."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -16,9 +15,8 @@ from activations.errors import InputError
 from app.cli import main
 from app.feature_file import features_html, write_features
 from app.parts.histogram import decades, histogram_svg, ticks
-from app.parts.profile_cards import coactive_html, quantiles_html
-from data.store import StoreError, open_store
-from data.store.schema import Coactive, LossEffect, Profile
+from data.store import Store, StoreError, open_store
+from data.store.schema import Coactive, LossEffect, PositionBin, Profile
 from tests.app.conftest import FULL, SIGNED
 from tests.app.test_safety import ATTACKS
 from tests.app.test_safety import hostile as hostile  # noqa: PLC0414  # a fixture
@@ -29,7 +27,7 @@ INERT = {"html", "head", "meta", "title", "link", "style", "body", "header", "na
     *("svg", "path", "rect", "text"),
 }
 KNOWN = {"lang", "charset", "http-equiv", "content", "name", "rel", "href", "class", "id", "title", "style", "dir"} | {
-    *("aria-label", "role", "viewbox", "d", "x", "y", "width", "height", "text-anchor"),
+    *("aria-label", "aria-hidden", "role", "viewbox", "d", "x", "y", "width", "height", "text-anchor"),
 }
 
 
@@ -183,14 +181,14 @@ def test_the_same_store_gives_the_same_bytes_and_no_path_of_this_machine(full: P
     assert write_features(elsewhere, [2, 1], tmp_path / "two.html").read_bytes() == one
 
 
-def test_what_fires_together_and_the_quantiles_are_there_if_the_store_has_them():
+def test_what_the_profile_says_is_there_and_links_lead_inside_the_file(full: Path, monkeypatch: pytest.MonkeyPatch):
     met = [Coactive(feature=n, n=1000 * n, jaccard=0.1 * n, chance=0.04, phi=0.2 * n) for n in (1, 2, 3)]
     loss = LossEffect(nats=0.012, error=0.003, control=0.001, n_contexts=16, n_tokens=2000)
     profile = Profile(
         quantiles=[float(i) for i in range(1, 10)],
         strong_tokens=[],
         weak_tokens=[],
-        positions=[],
+        positions=[PositionBin(first=0, last=63, n_tokens=640, n_active=64, mean=2.0)],
         by_jaccard=[met[2], met[0]],
         by_phi=[met[2], met[1]],
         x=None,
@@ -198,21 +196,20 @@ def test_what_fires_together_and_the_quantiles_are_there_if_the_store_has_them()
         cluster=None,
         loss=loss,
     )
-    table = Document(coactive_html(profile, {2: "a <name>"}, lambda n, inner: f'<a href="#feature-{n}">{inner}</a>'))
-    assert [a["href"] for a in table.of("a")] == ["#feature-3", "#feature-2", "#feature-1"]
-    assert "a <name>" in "".join(text for _, text in table.text)
-    assert table.of("tr")[1]["title"] == "Jaccard 30 %; 4.0 % if the two fired as often but independently"
-    strip = Document(quantiles_html(profile)).seen()
-    assert "10 %3.00" in strip
-    assert "99 %9.00" in strip
-    assert "0.0120 \u00b1 0.00300control 0.00100" in strip
-    dead = dataclasses.replace(profile, quantiles=[], by_jaccard=[], by_phi=[], loss=None)
-    assert quantiles_html(dead) == coactive_html(dead, {}, lambda _, inner: inner) == ""
+    monkeypatch.setattr(Store, "profile", lambda _store, _feature: profile)
+    page = document(full, 1, 2)
+    seen = page.seen()
+    for said in ("10 % 3.00", "99 % 9.00", "+0.0120 \u00b1 0.00300 nats a token", "most: 10 %"):
+        assert said in seen, said
+    assert ("div", "Fires together with ") in page.text
+    linked = [a["href"] for a in page.of("a") if a.get("class") == "near with"]
+    assert linked == ["#feature-2", "#feature-1"] * 2
+    assert len([d for d in page.of("div") if d.get("class") == "near with"]) == 2  # feature 3 is not in the file
 
 
 @pytest.mark.parametrize(("name", "most"), [(FULL, 70_000), (SIGNED, 95_000)])
 def test_it_is_small(runs: Path, name: str, most: int):
-    """Bytes that a feature adds: the signed one has the windows of both poles. Style and head are 20 kB a file."""
+    """Bytes that a feature adds: the signed one has the windows of both poles. Style, head and end are 20 kB a file."""
     with open_store(runs / "demo" / "dictionaries" / name) as store:
         one, many = (len(features_html(store, range(1, 1 + n)).encode()) for n in (1, 11))
     assert (many - one) / 10 < most
