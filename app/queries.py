@@ -116,7 +116,11 @@ def _page(folder: str, stamp: Stamp, filters: Filters, limit: int, offset: int) 
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _feature_view(folder: str, stamp: Stamp, index: int) -> FeatureView:  # noqa: ARG001
-    store = _store(folder)
+    return view_of(_store(folder), index)
+
+
+def view_of(store: Store, index: int) -> FeatureView:
+    """Everything about one feature of an open store, not remembered."""
     feature = store.feature(index)
     examples = store.examples(index)
     ids = {t.id for t in [*feature.top_logits, *feature.bottom_logits]}

@@ -77,7 +77,7 @@ def _names(store: Store) -> tuple[str, str, str]:
     """(model, set, source) as ids may be: the source is LAYER-SET."""
     hook = store.meta.get("hook", "")
     layer = re.match(r"blocks\.(\d+)\.", hook)
-    name = re.sub(r"[^a-z0-9_-]+", "-", store.folder.name.lower()).strip("-") or "set"
+    name = re.sub(r"[^a-z0-9_-]+", "-", store.name.lower()).strip("-") or "set"
     model = re.sub(r"[^a-z0-9_.-]+", "-", store.meta.get("model", "").lower().rstrip("/").split("/")[-1]).strip("-.")
     return model or "model", name, f"{layer[1] if layer else 0}-{name}"
 

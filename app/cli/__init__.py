@@ -26,7 +26,7 @@ _COMMANDS = {
     "families": "Find families of latents that fire together.",
     "retrieve": "Search a corpus by meaning, with latents of the query raised or lowered.",
     "import": "Make a dictionary, or explanations, from elsewhere part of a run.",
-    "export": "Write a dictionary or its features for another tool.",
+    "export": "Write a dictionary or its features for another tool, or features as one page.",
     "runs": "List runs with their sizes.",
     "clean": "Drop a run's activations and checkpoints.",
     "app": "Open the workbench in the browser.",

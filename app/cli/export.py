@@ -1,4 +1,4 @@
-"""`sae export`: a dictionary, or what its feature store holds, in another tool's form."""
+"""`sae export`: a dictionary, or what its feature store holds, in another tool's form or as a page to pass on."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from app.cli.options import json_option
+from app.cli.options import feature_numbers, json_option
 
 
 def _dictionary(form: str) -> Callable[[str, Path], Path]:
@@ -32,17 +32,37 @@ FORMATS: dict[str, Callable[[str, Path], Path]] = {
     "neuronpedia": _neuronpedia,
 }
 """Name -> what writes RUN[/ID] below a folder, and says where."""
+PAGE = "html"
+"""The form that is one file, of some features."""
 
 
 @click.command()
 @click.argument("address", metavar="RUN[/ID]")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(list(FORMATS)), required=True, help="Whose form it is written in.")
+@click.option(
+    "--format", "form", type=click.Choice([*FORMATS, PAGE]), required=True, help="Whose form it is written in."
+)
+@click.option(
+    "--features", metavar="NUMBERS", callback=feature_numbers, help="With --format html: which, such as 3,7,12 or 0-9."
+)
 @json_option
-def command(address: str, out: Path, form: str, as_json: bool) -> None:
+def command(address: str, out: Path, form: str, features: list[int] | None, as_json: bool) -> None:
     """Write a dictionary, or with --format neuronpedia its features, examples and explanations, into the folder OUT.
 
-    Example: sae export runs/mine --format saelens exported/mine
+    With --format html the features that --features names are written into the file OUT: one page that opens in any
+    browser without a server or a network.
+
+    Examples: sae export runs/mine --format saelens exported/mine;
+    sae export runs/mine --format html --features 3,7,12 features.html
     """
-    written = FORMATS[form](address, out)
-    click.echo(json.dumps({"written": str(written)}) if as_json else f"{address} is in {written}, for {form}.")
+    if (form == PAGE) != (features is not None):
+        raise click.UsageError("--format html needs --features, such as --features 3,7,12; no other format has them.")
+    if features is None:
+        written, what = FORMATS[form](address, out), address
+    else:
+        from app.feature_file import write_features
+
+        written = write_features(address, features, out)
+        what = f"{len(features):,} {'feature' if len(features) == 1 else 'features'} of {address}"
+    how = f"is in {written}, for {form}" if features is None else f"in {written}: open it in a browser"
+    click.echo(json.dumps({"written": str(written)}) if as_json else f"{what} {how}.")

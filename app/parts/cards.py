@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from app.parts.markup import esc, link
+from app.parts.markup import Refer, esc, link
 from app.parts.score import score_html
 from app.parts.spark import spark_html
 from app.parts.strip import number, shown, tip_text
@@ -75,12 +75,11 @@ def fires_on_html(tokens: Sequence[TokenCount], texts: Mapping[int, str]) -> str
     return f'<table class="bars">{head}{lines}</table>' if lines else ""
 
 
-def neighbours_html(neighbours: Sequence[Neighbour], names: Mapping[int, str], query: Mapping[str, object]) -> str:
-    """Features whose decoder direction is close, each a link; query: run and dictionary."""
+def neighbours_html(neighbours: Sequence[Neighbour], names: Mapping[int, str], refer: Refer) -> str:
+    """Features whose decoder direction is close, each a link."""
     return "".join(
-        link(
-            "feature",
-            {**query, "feature": n.feature},
+        refer(
+            n.feature,
             f'<span class="muted">{n.feature}</span><span class="label">{name_html(names.get(n.feature))}</span>'
             f'<span class="v">{number(n.cosine)}</span>',
             "near",

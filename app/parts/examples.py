@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from app.parts.cards import share
 from app.parts.markup import esc
-from app.parts.strip import Row, number, rows_html
+from app.parts.strip import Row, Tip, number, rows_html
 from app.queries import FeatureView
 from data.store import Example, Feature
 
@@ -23,17 +23,17 @@ class Group:
     rows: Sequence[Row]
 
 
-def groups_html(view: FeatureView, tops: int, bands: int, around: int | None) -> str:
+def groups_html(view: FeatureView, tops: int, bands: int, around: int | None, tip: Tip = "data-v") -> str:
     """All groups of a feature.
 
     tops: windows of largest value that the store holds; what follows them completes a split. bands: its value
-    intervals. around: tokens shown either side of the peak, None for all.
+    intervals. around: tokens shown either side of the peak, None for all. tip: see `rows_html`.
     """
     scale = scale_of(view.feature)
     return "".join(
         f'<div class="group"><div class="section">{esc(group.title)} '
         f'<span class="muted">{esc(group.about)}</span></div>'
-        f"{rows_html(group.rows, scale, around)}</div>"
+        f"{rows_html(group.rows, scale, around, tip)}</div>"
         for group in groups(view, tops, bands)
     )
 

@@ -6,7 +6,7 @@ own `st.markdown`, `st.title`, `st.error` ... would interpret Markdown in it. A 
 
 import html
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
 
@@ -46,6 +46,15 @@ def href(page: str, query: Mapping[str, object]) -> str:
 def link(page: str, query: Mapping[str, object], inner: str, style: str = "") -> str:
     """`inner` (HTML already) as a link that `app.parts.links` follows inside the session."""
     return f'<a class="go {style}" href="{href(page, query)}">{inner}</a>'
+
+
+Refer = Callable[[int, str, str], str]
+"""refer(feature, inner, style): `inner` (HTML already) as a link to a feature, or in a box where none leads there."""
+
+
+def in_app(query: Mapping[str, object]) -> Refer:
+    """Links to the feature page. query: run and dictionary."""
+    return lambda feature, inner, style: link("feature", {**query, "feature": feature}, inner, style)
 
 
 def code(text: str) -> str:

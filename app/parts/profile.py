@@ -5,7 +5,7 @@ fires with it, and what the model loses without it. All as HTML; what is drawn i
 from collections.abc import Mapping, Sequence
 
 from app.parts.cards import name_html, share
-from app.parts.markup import code, esc, link
+from app.parts.markup import Refer, code, esc
 from app.parts.strip import number
 from data.store import Coactive, LossEffect, PositionBin
 from data.store.schema import QUANTILES
@@ -54,7 +54,7 @@ def coactive_html(
     by_jaccard: Sequence[Coactive],
     by_phi: Sequence[Coactive],
     names: Mapping[int, str],
-    query: Mapping[str, object],
+    refer: Refer,
 ) -> str:
     """Features that fire on the same tokens, each a link: those of either list once, by Jaccard index."""
     found = {each.feature: each for each in [*by_jaccard, *by_phi]}
@@ -63,17 +63,17 @@ def coactive_html(
         '<span class="v" title="Tokens on which both fire, as a share of those on which either does">Jaccard</span>'
         '<span class="v" title="Correlation of the two firing or not; 0 by chance">\u03c6</span></div>'
     )
-    lines = "".join(_coactive(each, names, query) for each in sorted(found.values(), key=lambda e: -e.jaccard))
+    lines = "".join(_coactive(each, names, refer) for each in sorted(found.values(), key=lambda e: -e.jaccard))
     return head + lines
 
 
-def _coactive(each: Coactive, names: Mapping[int, str], query: Mapping[str, object]) -> str:
+def _coactive(each: Coactive, names: Mapping[int, str], refer: Refer) -> str:
     tip = f"both fire on {each.n:,} tokens; Jaccard {number(each.jaccard)}, by chance {number(each.chance)}"
     inner = (
         f'<span class="muted">{each.feature}</span><span class="label">{name_html(names.get(each.feature))}</span>'
         f'<span class="v" title="{esc(tip)}">{number(each.jaccard)}</span><span class="v">{number(each.phi)}</span>'
     )
-    return link("feature", {**query, "feature": each.feature}, inner, "near with")
+    return refer(each.feature, inner, "near with")
 
 
 def loss_html(loss: LossEffect | None, command: str) -> str:

@@ -6,9 +6,13 @@ not the only sign: negative tokens are underlined, the peak is bold, and each ro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from app.parts.markup import esc
 
+Tip = Literal["data-v", "title"]
+"""`data-v`: shown at once by the style sheet. `title`: shown by whatever reads HTML, without a style sheet too; left
+out where the value is 0, as at most tokens: that is a quarter of a file."""
 FAINTEST = 12  # per cent of colour at the smallest non-zero value: just visible on paper
 
 
@@ -34,21 +38,22 @@ class Row:
         return float(self.acts[self.peak_index]) if self.acts else 0.0
 
 
-def rows_html(rows: Sequence[Row], scale: float, around: int | None = None) -> str:
+def rows_html(rows: Sequence[Row], scale: float, around: int | None = None, tip: Tip = "data-v") -> str:
     """HTML of the rows.
 
     scale: |value| that gets the full colour: the feature's largest |value| over the corpus, so that rows compare.
     around: show only this many tokens on either side of the peak; None shows all.
+    tip: the attribute that holds what hovering a token shows.
     """
-    return "".join(_row(row, scale, around) for row in rows)
+    return "".join(_row(row, scale, around, tip) for row in rows)
 
 
-def _row(row: Row, scale: float, around: int | None) -> str:
+def _row(row: Row, scale: float, around: int | None, tip: Tip) -> str:
     first, last = 0, len(row.pieces)
     if around is not None:
         first, last = max(0, row.peak_index - around), min(last, row.peak_index + around + 1)
     tokens = "".join(
-        _token(row.pieces[i], float(row.acts[i]), scale, is_peak=i == row.peak_index and row.acts[i] != 0)
+        _token(row.pieces[i], float(row.acts[i]), scale, i == row.peak_index and row.acts[i] != 0, tip)
         for i in range(first, last)
     )
     tokens = tokens.lstrip(" ")  # rows begin at one edge; the blank is in the token's tip
@@ -60,17 +65,17 @@ def _row(row: Row, scale: float, around: int | None) -> str:
     return f'<div class="strip">{peak}<div class="tokens" dir="auto">{before}{tokens}{after}</div></div>'
 
 
-def _token(piece: str, act: float, scale: float, is_peak: bool) -> str:
-    tip = f"{tip_text(piece)}  {number(act)}"
+def _token(piece: str, act: float, scale: float, is_peak: bool, tip: Tip) -> str:
+    about = f'{tip}="{tip_text(piece)}  {number(act)}"'
     # A blank before a word stays outside, so that no line ends in a sliver of colour.
     word = piece if piece.isspace() else piece.lstrip(" ")
     blank = piece[: len(piece) - len(word)]
     if act == 0:
-        return f'{blank}<i data-v="{tip}">{shown(word)}</i>'
+        return f"{blank}<i{f' {about}' if tip == 'data-v' else ''}>{shown(word)}</i>"
     strength = min(1.0, abs(act) / scale) if scale > 0 else 1.0
     percent = round(FAINTEST + (100 - FAINTEST) * strength)
     style = ("n" if act < 0 else "p") + (" top" if is_peak else "") + (" part" if piece == "" else "")
-    return f'{blank}<i class="{style}" style="--a:{percent}%" data-v="{tip}">{shown(word)}</i>'
+    return f'{blank}<i class="{style}" style="--a:{percent}%" {about}>{shown(word)}</i>'
 
 
 def shown(piece: str) -> str:

@@ -9,6 +9,7 @@ import random
 import streamlit as st
 
 from app import figures, queries
+from app.feature_file import features_html
 from app.parts import notices
 from app.parts.cards import (
     explanations_html,
@@ -20,7 +21,7 @@ from app.parts.cards import (
     stats_html,
 )
 from app.parts.examples import groups_html, legend_html
-from app.parts.markup import code, esc, link
+from app.parts.markup import code, esc, in_app, link
 from app.parts.own_text import own_text
 from app.parts.pickers import pick_dictionary, query_of
 from app.parts.profile import coactive_html, loss_html, positions_html, quantiles_html
@@ -61,6 +62,8 @@ def page() -> None:
                 f"{dictionary.address} has. Type one above.",
             )
             return
+        with bar:
+            download(dictionary, store, feature)
         show(dictionary, store, queries.feature_view(dictionary, feature))
     except StoreError as error:
         notices.no_store(dictionary, error)
@@ -114,6 +117,20 @@ def move(dictionary: Dictionary, store: Store, feature: int | None) -> None:
         shortcut="x",
         on_click=go_random,
         args=(dictionary,),
+    )
+
+
+def download(dictionary: Dictionary, store: Store, feature: int) -> None:
+    """The feature as a file to pass on, made when it is asked for."""
+    st.download_button(
+        "HTML",
+        lambda: features_html(store, [feature]),
+        f"{dictionary.name}-feature-{feature}.html",
+        "text/html",
+        key="html",
+        help="This feature as one file that opens without a server",
+        on_click="ignore",
+        icon=":material/download:",
     )
 
 
@@ -271,11 +288,11 @@ def beside(dictionary: Dictionary, store: Store, view: FeatureView) -> None:
             how += f"; cluster {view.profile.cluster}"
         st.html(
             f'<div class="section">Neighbours <span class="muted" title="{CLUSTER}">{how}</span></div>'
-            f"{neighbours_html(feature.neighbours, view.names, query_of(dictionary))}"
+            f"{neighbours_html(feature.neighbours, view.names, in_app(query_of(dictionary)))}"
         )
     if view.profile is not None and feature.alive:
         found = view.profile.by_jaccard or view.profile.by_phi
-        body = coactive_html(view.profile.by_jaccard, view.profile.by_phi, view.names, query_of(dictionary))
+        body = coactive_html(view.profile.by_jaccard, view.profile.by_phi, view.names, in_app(query_of(dictionary)))
         none = '<p class="small muted">None meets it on 5 tokens or more.</p>'
         st.html(f'<div class="section">Fires together with</div>{body if found else none}')
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from activations.errors import InputError
 from data.store import Store
-from data.store.files import short_address
 from data.store.search import ALL, Facts, Filters, has_labels
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def found(
     if not hits:
         next_step = otherwise if filters == ALL else f"Leave out a filter. {otherwise}"
     return Found(
-        address=short_address(store.folder),
+        address=store.place.address,
         hook=store.meta.get("hook", ""),
         by=by,
         query=query,
@@ -120,14 +119,14 @@ def check_text(text: str) -> str:
 def check_labels(store: Store) -> None:
     """Raise InputError, with the command that makes them, when the store has no labels."""
     if not has_labels(store):
-        address = short_address(store.folder)
+        address = store.place.address
         raise InputError(f"{address} has no labels yet: make some with `sae label {address} --explainer lexical`.")
 
 
 def check_dictionary(store: Store, sae: "SAE") -> None:
     """Raise InputError, with the command that mends it, when the store is of another dictionary."""
     if store.n_features != sae.d_sae:
-        address = short_address(store.folder)
+        address = store.place.address
         raise InputError(
             f"The store of {address} has {store.n_features} features, its dictionary {sae.d_sae}: build it again with "
             f"`sae index {address} --overwrite`."

@@ -15,9 +15,11 @@ from typing import Any
 import duckdb
 
 from data.store import read, write
+from data.store.bucket import SCHEME, Bucket
 from data.store.errors import StoreError
-from data.store.files import short_address, store_folder
+from data.store.files import store_folder
 from data.store.parts import Parts
+from data.store.place import Disk, Place
 from data.store.schema import (
     STORE_FILE,
     Example,
@@ -38,22 +40,25 @@ from data.store.schema import (
 def open_store(address: str | Path) -> "Store":
     """The feature store of a dictionary: RUN (its only dictionary), RUN/ID, or the dictionary's folder.
 
+    An s3://BUCKET/FOLDER is the dictionary's folder on object storage, to read from (`data.store.bucket`).
+
     Raises StoreError, one line, when there is none yet, when it is damaged and when a newer version made it.
     """
-    return Store(store_folder(address))
+    if isinstance(address, str) and address.startswith(SCHEME):
+        return Store(Bucket(address))
+    return Store(Disk(store_folder(address)))
 
 
 class Store:
     """A feature store. A context manager; every method may be called from any thread, and raises StoreError only."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / STORE_FILE
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self._lock = threading.Lock()
         self._explanations = Parts(
-            folder / "explanations", Explanation, ["feature", "pole", "source", "explainer", "model"]
+            place, "explanations", Explanation, ["feature", "pole", "source", "explainer", "model"]
         )
-        self._scores = Parts(folder / "scores", Score, ["explanation_id", "scorer"])
+        self._scores = Parts(place, "scores", Score, ["explanation_id", "scorer"])
         self._listings: Hashable = None
         self._vocab: list[bytes] | None = None
         self._ids: dict[str, list[int]] | None = None
@@ -67,9 +72,30 @@ class Store:
         except BaseException:
             self._connection.close()
             raise
-        self._stamp = self._identity()
+        self._stamp = place.identity()
         self.n_features = int(self.meta.get("d_sae", "0"))
         self.signed = self.meta.get("signed", "").lower() == "true"
+
+    @property
+    def name(self) -> str:
+        """The name of the dictionary's folder."""
+        return self.place.names[-1]
+
+    @property
+    def title(self) -> str:
+        """RUN/ID by the names of the folders, without the path to them; of a store in no run its name."""
+        *_, run, between, name = ("", "", *self.place.names)
+        return f"{run}/{name}" if between == "dictionaries" else name
+
+    @property
+    def folder(self) -> Path:
+        """The dictionary's folder on the disk; StoreError for a store on object storage."""
+        return self.place.folder
+
+    @property
+    def path(self) -> Path:
+        """`features.duckdb` on the disk; StoreError for a store on object storage."""
+        return self.folder / STORE_FILE
 
     # What an index computed
 
@@ -211,7 +237,7 @@ class Store:
     @property
     def replaced(self) -> bool:
         """Whether a newer index has taken this store's place on the disk since it was opened."""
-        return self._identity() != self._stamp
+        return self.place.identity() != self._stamp
 
     def close(self) -> None:
         """Let go of the file. Reading afterwards is an error."""
@@ -248,14 +274,10 @@ class Store:
             raise StoreError(f"{reason}: free disk space, or mend the rights of the folder") from error
 
     def _attach(self) -> duckdb.DuckDBPyConnection:
-        if not self.path.is_file():
-            raise StoreError(
-                f"{self.folder} has no feature store yet: build it with `sae index {short_address(self.folder)}`"
-            )
+        self.place.check()
         connection = duckdb.connect(":memory:")
         try:
-            path = str(self.path.resolve()).replace("'", "''")
-            connection.execute(f"ATTACH '{path}' AS store (READ_ONLY)")
+            self.place.attach(connection)
             connection.execute("SET temp_directory = ''")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
@@ -266,11 +288,9 @@ class Store:
         return connection
 
     def _damaged(self, error: Exception) -> StoreError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return StoreError(
-            f"{self.path} cannot be read ({reason}): "
-            f"build it again with `sae index {short_address(self.folder)} --overwrite`"
-        )
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # of the file system, in Python
+        return StoreError(f"{self.place.file} cannot be read ({reason}): {self.place.remedy}")
 
     def _check(self, check: Any) -> None:
         try:
@@ -293,11 +313,4 @@ class Store:
                     read.fill_memory(cursor, explanations, scores)
                 self._listings = listings
                 return
-            raise StoreError(f"the parts in {self.folder} keep changing: try again in a moment")
-
-    def _identity(self) -> tuple[int, int, int]:
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
-            return (0, 0, 0)
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            raise StoreError(f"the parts in {self.place.address} keep changing: try again in a moment")

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.store.errors import StoreError
 from data.store.files import aside, sync
+from data.store.place import Listing, Place
 from data.store.schema import Explanation, Score
 
 MAX_PARTS = 32
@@ -28,24 +30,24 @@ _ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.f
 class Parts:
     """One folder of parts with the rows of one dataclass. Not thread-safe: the store calls it under its own lock."""
 
-    def __init__(self, folder: Path, row: type[Explanation] | type[Score], key: Sequence[str]) -> None:
-        self.folder = folder
+    def __init__(self, place: Place, kind: str, row: type[Explanation] | type[Score], key: Sequence[str]) -> None:
+        self.place = place
+        self.kind = kind
         self.key = list(key)
         self.schema = pa.schema([(field.name, _ARROW[field.type]) for field in dataclasses.fields(row)])
         self.warnings: dict[str, str] = {}
         self._read: dict[tuple[str, int, int], pa.Table | None] = {}
 
-    def listing(self) -> tuple[tuple[str, int, int], ...]:
-        """(name, size, time) of every part, oldest first: equal listings mean equal rows."""
-        try:
-            with os.scandir(self.folder) as entries:
-                parts = [entry for entry in entries if _is_part(entry.name)]
-            found = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
-        except FileNotFoundError:
-            return () if not self.folder.is_dir() else self.listing()
-        return tuple(sorted(found))
+    @property
+    def folder(self) -> Path:
+        """The folder on a disk; StoreError where there is none."""
+        return self.place.folder / self.kind
 
-    def rows(self, listing: tuple[tuple[str, int, int], ...]) -> pa.Table:
+    def listing(self) -> Listing:
+        """(name, size, time) of every part, oldest first: equal listings mean equal rows."""
+        return self.place.listing(self.kind)
+
+    def rows(self, listing: Listing) -> pa.Table:
         """The valid row of each key. Raises FileNotFoundError when a part has gone since it was listed."""
         self._read = {part: table for part, table in self._read.items() if part in listing}
         self.warnings = {name: text for name, text in self.warnings.items() if name in {part[0] for part in listing}}
@@ -66,15 +68,17 @@ class Parts:
 
     def _load(self, name: str) -> pa.Table | None:
         """The rows of one part; None, with a warning, when it is damaged."""
-        path = self.folder / name
         try:
-            table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+            table = pq.read_table(
+                self.place.source(self.kind, name), page_checksum_verification=True, partitioning=None
+            )
             table = table.select(self.schema.names).cast(self.schema)
             table.validate(full=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, StoreError):
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            path = f"{self.place.address}/{self.kind}/{name}"
             self.warnings[name] = f"{path} is damaged and its rows are missing ({reason}): remove it or restore a copy"
             return None
         self.warnings.pop(name, None)
@@ -114,7 +118,3 @@ class Parts:
 def _name() -> str:
     """A name that nobody else chooses; names sort by the time of writing."""
     return f"part-{time.time_ns():020d}-{os.getpid()}-{os.urandom(3).hex()}.parquet"
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith("part-") and name.endswith(".parquet")

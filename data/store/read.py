@@ -339,7 +339,7 @@ def vocab(store: "Store") -> list[bytes]:
     """The bytes of every token id, in order."""
     rows = store.query("SELECT id, bytes FROM store.vocab ORDER BY id")
     if [row[0] for row in rows] != list(range(len(rows))):
-        raise StoreError(f"{store.path} has gaps in its vocabulary: build it again with `sae index --overwrite`")
+        raise StoreError(f"{store.place.file} has gaps in its vocabulary: {store.place.remedy}")
     return [row[1] for row in rows]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from activations.files import lock
+from app.feature_file import features_html
+from data.store import open_store
 from tests.app.conftest import FULL, SIGNED
 from tests.app.test_cli_app import free_port, sae_app
 from tests.app.test_pareto import dictionary
@@ -147,6 +149,17 @@ def test_what_looks_like_markup_is_read_as_text(browser, address: str):
     page.wait_for_selector("h1.feature-title")
     assert page.inner_text("h1.feature-title") == "about <b>rivers</b> & [mountains](http://example.com)"
     assert page.locator("h1.feature-title *").count() == 0
+
+
+def test_a_feature_can_be_taken_away_as_one_file(browser, address: str, runs: Path):
+    page = browser()
+    page.goto(f"{address}/feature?run=demo&dictionary={FULL}&feature=1")
+    page.wait_for_selector("h1.feature-title")
+    with page.expect_download() as waiting:
+        page.click(".st-key-html button")
+    assert waiting.value.suggested_filename == "full-feature-1.html"
+    with open_store(runs / "demo" / "dictionaries" / FULL) as store:
+        assert Path(waiting.value.path()).read_text(encoding="utf-8") == features_html(store, [1])
 
 
 def test_curves_grow_while_something_trains(browser, address: str, runs: Path):
