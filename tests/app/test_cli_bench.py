@@ -12,8 +12,9 @@ import torch
 from activations.errors import InputError
 from app.cli.bench import ROOT, benchmarks
 from data.planted import WorldConfig
+from sae.registry import REGISTRY
 from tests.benchmarks import quality, superposition, train
-from tests.benchmarks.synthetic.dictionaries import parsed
+from tests.benchmarks.synthetic.dictionaries import parsed, plan_of
 from tests.benchmarks.synthetic.samples import Samples
 from tests.tiny import HOOK, planted_run
 
@@ -140,3 +141,13 @@ def test_options_of_a_dictionary_are_read_as_numbers_lists_and_words():
     )
     with pytest.raises(InputError, match="'k' is no field with a value: expected FIELD=VALUE"):
         parsed("topk:k")
+
+
+def test_a_full_sweep_of_quality_asks_for_what_can_be_trained():
+    args = quality.parse(["--full", "--judge", "ours", "--preset", "16k"])
+    preset = quality.PRESETS["16k"]
+    plans = [plan_of(text, preset, preset.n_samples, 0, "cpu") for text in args.ours]
+    assert len({plan.architecture for plan in plans}) == 8
+    l0 = {getattr(plan.config(768), REGISTRY[plan.architecture].sparsity) for plan in plans}
+    assert l0 == {12, 25, 50}
+    assert args.peers == []

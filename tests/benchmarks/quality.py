@@ -2,6 +2,7 @@
 
     sae bench quality --preset small
     sae bench quality --peers batchtopk,matryoshka --ours 'topk:k=8,lr=2e-3' --ours 'jumprelu:k=8,batch=1024'
+    sae bench quality --full                                           # eight architectures at three k, hours
     sae bench quality --preset 16k --samples 50M --on-the-fly --sampler ours --peers '' --ours topk:k=25
 
 A world is SAELens' SyntheticModel where SAELens is installed, and what judges is SAELens' own evaluation, of ours and
@@ -46,6 +47,10 @@ from tests.benchmarks.synthetic.dictionaries import Fields, Group, Ours, Preset,
 from tests.benchmarks.synthetic.samples import Samples
 
 STANDARD = ["batchtopk", "topk", "matryoshka", "jumprelu"]
+TIMES = (0.5, 1.0, 2.0)
+"""k of a full sweep, in units of the preset's."""
+L1 = (2, 3, 4)
+"""SAELens' coefficients for its L1 penalties in a full sweep, which follow no L0."""
 FIRST_ROWS = 16_384
 """Rows from which ours take the scale and their first weights, and the controls their mean."""
 COLUMNS = {
@@ -192,12 +197,23 @@ def names(text: str) -> list[str]:
     return [part for part in (text.split(";") if ":" in text else re.split("[;,]", text)) if part]
 
 
+def sweep(k: float) -> tuple[list[str], list[str]]:
+    """(ours, SAELens') of a full sweep: the eight architectures that both have, by L0."""
+    sizes = [max(round(times * k), 1) for times in TIMES]
+    topk = [f"{arch}:k={size}" for arch in ("topk", "abstopk", "batchtopk", "matryoshka") for size in sizes]
+    penalised = [f"{arch}:k={size}" for arch in ("jumprelu", "gated", "standard") for size in sizes]
+    ours = [*topk, *(f"matching_pursuit:k={size}" for size in sizes), *penalised]
+    peers = [*topk, *(f"mp:max_iterations={size}" for size in sizes), *(f"jumprelu:target_l0={size}" for size in sizes)]
+    return ours, [*peers, *(f"{arch}:l1_coefficient={weight}" for arch in ("gated", "standard") for weight in L1)]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = ", ".join(name for name in STANDARD if name in REGISTRY)
     parser.add_argument("--preset", default="small", choices=list(PRESETS))
     parser.add_argument("--ours", action="append", help=f"may be repeated; '' for none [default: {here}]")
     parser.add_argument("--peers", type=names, help=f"'' for none [default: {', '.join(STANDARD)}]")
+    parser.add_argument("--full", action="store_true", help="every architecture that SAELens has too, at several k")
     parser.add_argument("-k", type=float, help="active latents a row, of all that say nothing else")
     parser.add_argument("--d-sae", type=int)
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="of the dictionaries, such as 0,1,2")
@@ -216,6 +232,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.judge = args.judge or ("saelens" if saelens_version() else "ours")
     if args.judge == "ours" and args.peers:
         parser.error("--peers needs SAELens: pip install sae-lens in an environment of its own")
+    if args.full:
+        preset = PRESETS[args.preset]
+        ours, peers = sweep(args.k or preset.k)
+        args.ours, args.peers = (
+            args.ours or ours,
+            peers if args.peers is None and args.judge == "saelens" else args.peers,
+        )
     if args.peers is None:
         args.peers = STANDARD if args.judge == "saelens" else []
     args.ours = [name for name in STANDARD if name in REGISTRY] if args.ours is None else list(filter(None, args.ours))
