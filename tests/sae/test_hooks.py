@@ -22,7 +22,9 @@ from sae.evals.suite import evaluate
 from sae.frozen import stitched
 from sae.groups import angular_distances, complete_linkage, layer_groups
 from sae.heads import head_attribution, head_shares
+from sae.registry import REGISTRY
 from sae.settings import Training
+from sae.stepper import Stepper
 from sae.train import train
 from tests.tiny import HOOK, planted_rows, planted_run
 
@@ -384,3 +386,14 @@ def test_heads_of_a_latent_add_up():
 def test_sizes_that_cannot_be_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "gsae"])
+def test_a_loss_gets_rows_without_gaps(architecture):
+    # A GPU's kernels read whole rows; a slice of a row that holds more than x has gaps.
+    plan = settings(architecture, matmul="float32")
+    sae = REGISTRY[architecture].sae(plan.config(16))
+    columns = 16 + (sae.d_out if architecture == "transcoder" else 16)
+    stepper = Stepper(sae, plan, torch.ones(columns))
+    for part in stepper._parts_of(torch.randn(8, columns)):
+        assert part is None or part.is_contiguous()
