@@ -3,8 +3,8 @@ PYTHON ?= python3
 PIP := --quiet --constraint .ci/constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes, a file of tests in one of them: fixtures of a file are made once.
-PYTEST := -m pytest --numprocesses 2 --dist loadfile
+# Two processes; of quick tests a file stays in one of them, so that its fixtures are made once.
+PYTEST := -m pytest --numprocesses 2 --dist
 STAMP := $(VENV)/.installed
 
 .PHONY: demo install test test-slow lint types clean
@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml Makefile .ci/constraints.txt
 	@touch $(STAMP)
 
 test: install
-	$(BIN)/python $(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) loadfile -m "not slow"
 
 test-slow: install
-	$(BIN)/python $(PYTEST) -m slow
+	$(BIN)/python $(PYTEST) worksteal -m slow
 
 lint: install
 	$(BIN)/ruff check .

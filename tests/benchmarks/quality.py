@@ -63,15 +63,18 @@ COLUMNS = {
 
 _16K = WorldConfig(n_features=16_384, d_in=768, min_prob=5e-4, n_trees=128, rank=25)
 _V1 = dataclasses.replace(_16K, scale_by_parent=False)
+_NARROW = WorldConfig(d_in=96, min_prob=5e-4, scale_by_parent=False)
 _WIDTHS = [128, 512, 2048, 4096]
 PRESETS = {
     "small": Preset(WorldConfig(), 512, 8, 512, 1e-3, [16, 64, 256, 512], 1_536_000, 51_200),
+    "small-full": Preset(_NARROW, 2048, 12, 512, 1e-3, [64, 256, 1024, 2048], 4_096_000, 51_200),
     "16k": Preset(_16K, 4096, 25, 1024, 3e-4, _WIDTHS, 200_000_000, 512_000),
     "16k-v1": Preset(_V1, 4096, 25, 1024, 3e-4, _WIDTHS, 200_000_000, 512_000),
     "full": Preset(_V1, 16_384, 40, 1024, 3e-4, [*_WIDTHS, 16_384], 200_000_000, 512_000),
 }
 """16k is SynthSAEBench-16k as its paper has it; 16k-v1 as it was first published, where children keep their size
-whatever their parent's; full: as many latents as features."""
+whatever their parent's; full: as many latents as features. small-full is like it in that and in how many features share a
+dimension, and small enough for a CPU."""
 
 
 def run_world(args: argparse.Namespace, preset: Preset, seed: int) -> Iterator[Fields]:
