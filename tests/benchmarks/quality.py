@@ -73,8 +73,8 @@ PRESETS = {
     "full": Preset(_V1, 16_384, 40, 1024, 3e-4, [*_WIDTHS, 16_384], 200_000_000, 512_000),
 }
 """16k is SynthSAEBench-16k as its paper has it; 16k-v1 as it was first published, where children keep their size
-whatever their parent's; full: as many latents as features. small-full is like it in that, and in how many features share
-a dimension, and small enough for a CPU."""
+whatever their parent's; full: as many latents as features. small-full is like it in that, and in how many features
+share a dimension, and small enough for a CPU."""
 
 
 def run_world(args: argparse.Namespace, preset: Preset, seed: int) -> Iterator[Fields]:
