@@ -26,7 +26,11 @@ from app.cli.options import COUNT, device_option, feature_numbers, gpus_option, 
     help="How the decoder rows are laid out in the plane. umap needs pip install 'sae-workbench[maps]'.",
 )
 @click.option(
-    "--examples", type=click.IntRange(6, 400), default=56, show_default=True, help="Windows kept of each feature."
+    "--examples",
+    type=click.IntRange(6, 400),
+    default=56,
+    show_default=True,
+    help="Windows kept of each feature, about.",
 )
 @overwrite_option
 @gpus_option

@@ -489,3 +489,16 @@ def test_ranks_take_turns_at_the_parts(tmp_path: Path) -> None:
 
     Scratch(tmp_path).path("codes", 4).touch()
     assert [lacking(rank) for rank in range(3)] == [[0, 3, 6], [1, 7], [2, 5]]
+
+
+def test_as_many_examples_are_kept_as_are_asked_for(make_run: MakeRun) -> None:
+    run = make_run()
+    kept = {}
+    for examples in (8, 30):
+        path = index(run, examples=examples, overwrite=True)
+        with duckdb.connect(str(path), read_only=True) as store:
+            counts = store.execute("SELECT feature, count(*) FROM examples GROUP BY feature").fetchall()
+        kept[examples] = max(n for _, n in counts)
+    assert 6 <= kept[8] <= 10 < kept[30] <= 34  # each split has top ones of its own
+    with pytest.raises(InputError, match="examples=5 is too small: expected at least 6"):
+        index(run, examples=5, overwrite=True)
