@@ -62,7 +62,7 @@ def index(
     n_tokens: index only the first so many cached tokens; None for all. batch: rows encoded at once, at most.
     loss_effect: features whose effect on the model's loss is measured (`autointerp.loss_effect`): how many, or which.
     map: how the decoder rows are laid out in the plane, one of `autointerp.decoder_map.MAPS`.
-    examples: how many windows of 32 tokens are kept of each feature and pole: top ones, some from intervals of value and
+    examples: how many windows of 32 tokens are kept of a feature and pole: top ones, some from intervals of value and
     of rank, and random ones; a few more, so that each split has top ones of its own.
     Killed, it goes on when it is called again with the same arguments; started by torchrun, the ranks share the work.
     Memory: beside dictionary and model less than 1 GiB, whatever the width, but for 4 bytes a token where the loss
