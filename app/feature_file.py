@@ -8,7 +8,6 @@ could still do nothing.
 
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from activations.errors import InputError
 from activations.files import write_aside, writing
+from activations.run import versions
 from app.figures import histogram_alt
 from app.parts.cards import (
     explanations_html,
@@ -90,7 +90,7 @@ def _head(store: Store, features: Sequence[int], named: Mapping[int, str]) -> st
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{esc(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="sae-workbench {esc(version("sae-workbench"))}">\n'
+        f'<meta name="generator" content="sae-workbench {esc(versions()["sae-workbench"])}">\n'
         f"<title>{what} of {esc(store.title)}</title>\n"
         f'<link rel="icon" href="data:image/svg+xml,{quote(ICON)}">\n'
         f'<style>\n{style}</style></head>\n<body class="stApp stHtml"><header>'
@@ -220,7 +220,7 @@ def _end(store: Store, n_tokens: int) -> str:
         "control is another feature\u2019s explanation. Colour: value at a token over the largest |value|; "
         "orange is positive, blue and underlined negative, the peak of a window bold. Hover over a coloured token, a "
         "bar or a figure for what it is.</p>"
-        f"<p>Written by sae-workbench {esc(version('sae-workbench'))} from the feature store of "
+        f"<p>Written by sae-workbench {esc(versions()['sae-workbench'])} from the feature store of "
         f"{esc(store.meta.get('created', '')[:10])}. {code(store.title)}</p></footer></body></html>\n"
     )
 

@@ -11,7 +11,6 @@ index goes on with the next part, and ends in the store of an unbroken one. Seve
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ from activations.cache import CachedActivations
 from activations.files import lock
 from activations.model import pick_device
 from activations.ranks import joined
-from activations.run import Run, dictionary_folder
+from activations.run import Run, dictionary_folder, versions
 from autointerp.coactive import coactive_tables, sampled_firings
 from autointerp.codes import code_tables, shards_of, tokens_table
 from autointerp.decoder_map import check_map, map_table
@@ -236,7 +235,7 @@ def _plan(work: _Work) -> dict[str, Any]:
     }
     return {
         "format": FORMAT,
-        "version": importlib.metadata.version("sae-workbench"),
+        "version": versions()["sae-workbench"],
         "model": [str(work.run.meta[name]) for name in ("model", "revision", "model_dtype")],
         "device": work.sae.W_dec.device.type,
         **work.options,

@@ -15,6 +15,7 @@ from activations.run import Run
 from activations.shards import Shards
 from activations.tokens import Tokens, to_disk
 from data.planted import WorldConfig, build_world
+from sae.architectures.topk import TopKConfig, TopKSAE
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -116,3 +117,14 @@ def planted_rows(n: int, d: int, n_true: int, l0: int, *, signed: bool, seed: in
         )
     )
     return world.sample(n, torch.Generator().manual_seed(seed))[0], world.directions
+
+
+def tiny_dictionary(d_sae: int, k: int = 3) -> TopKSAE:
+    """A TopK dictionary of `tiny_model` at HOOK with random weights."""
+    sae = TopKSAE(TopKConfig(d_in=32, d_sae=d_sae, k=k))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        sae.W_enc.normal_(generator=generator)
+        sae.W_dec.normal_(generator=generator)
+    sae.metadata = {"hook_name": HOOK, "model_name": "tiny"}
+    return sae

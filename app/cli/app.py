@@ -59,7 +59,7 @@ def or_shipped(runs_dir: Path) -> Path:
 
     if list_runs(runs_dir):
         return runs_dir
-    from sae.shipped import shipped_runs
+    from app.shipped import shipped_runs
 
     click.echo(
         f"No run in {shown_path(runs_dir)} yet: these ship with the workbench. `sae demo` makes one of your own."

@@ -151,3 +151,5 @@ def test_a_full_sweep_of_quality_asks_for_what_can_be_trained():
     l0 = {getattr(plan.config(768), REGISTRY[plan.architecture].sparsity) for plan in plans}
     assert l0 == {12, 25, 50}
     assert args.peers == []
+    whole = plan_of("topk", preset._replace(k=8.0), preset.n_samples, 0, "cpu")
+    assert whole.config(768).k == 8

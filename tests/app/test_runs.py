@@ -97,3 +97,14 @@ def test_further_metrics_are_grouped_by_what_measured_them(tmp_path: Path):
     assert "All that was measured" in html
     assert "<b>" not in html
     assert "<i>" not in html
+
+
+def test_a_dictionary_that_is_saved_as_another_has_the_name_that_it_was_trained_under(runs: Path):
+    folder = runs / "demo" / "dictionaries" / "bare"
+    config = json.loads((folder / "cfg.json").read_text())
+    changed = {**config, "architecture": "jumprelu", "trained_architecture": "batchtopk"}
+    for fields, name in ((config, config["architecture"]), (changed, "batchtopk"), ({}, "?")):
+        (folder / "cfg.json").write_text(json.dumps(fields))
+        found = find(list_runs(runs), "demo", "bare")
+        assert found is not None
+        assert found.architecture == name

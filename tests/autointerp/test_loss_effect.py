@@ -14,11 +14,11 @@ from autointerp import loss_effect
 from autointerp.codes import code_tables, tokens_table
 from autointerp.loss_effect import measure_effects, read_text, spread, summary
 from autointerp.scratch import Scratch
-from sae.architectures.topk import TopKConfig, TopKSAE
+from sae.architectures.topk import TopKSAE
 from steering import steer
 from steering.edit import ablate
 from tests.activations.test_capture import new_run, ragged
-from tests.tiny import HOOK, tiny_model, tiny_tokenizer
+from tests.tiny import HOOK, tiny_dictionary, tiny_model, tiny_tokenizer
 
 LENGTHS = [16, 9, 2, 16, 12, 16, 5, 16] * 3
 D_SAE = 24
@@ -41,14 +41,7 @@ def run(tmp_path: Path, model: Model) -> Run:
 
 
 def dictionary() -> TopKSAE:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        sae = TopKSAE(TopKConfig(d_in=32, d_sae=D_SAE, k=3))
-        with torch.no_grad():
-            sae.W_enc.normal_()
-            sae.W_dec.normal_()
-    sae.metadata = {"hook_name": HOOK, "model_name": "tiny"}
-    return sae
+    return tiny_dictionary(D_SAE)
 
 
 def loss(model: Model, ids: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ from sae.base import Statistics
 from steering import steer
 from steering.edit import ablate
 from tests.planted import planted_store
-from tests.tiny import HOOK, spaced_tokenizer, tiny_model
+from tests.tiny import HOOK, spaced_tokenizer, tiny_dictionary, tiny_model
 
 N = 36
 TEXTS = {1: "ships and sailing", 2: "cooking recipes", 3: "numbers and arithmetic", 4: "kings and queens"}
@@ -201,14 +201,7 @@ D_SAE = N
 
 @pytest.fixture
 def sae() -> TopKSAE:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        sae = TopKSAE(TopKConfig(d_in=32, d_sae=D_SAE, k=3))
-        with torch.no_grad():
-            sae.W_enc.normal_()
-            sae.W_dec.normal_()
-    sae.metadata = {"hook_name": HOOK, "model_name": "tiny"}
-    return sae
+    return tiny_dictionary(D_SAE)
 
 
 TEXT = "w3 w14 w15 w92 w65 w35 w89 w79 w32 w38"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from activations.run import Run
+from app.shipped import SHIPPED, shipped_runs
 from sae import load_sae
-from sae.shipped import SHIPPED, shipped_runs
 
 
 @pytest.fixture
