@@ -99,12 +99,19 @@ def test_further_metrics_are_grouped_by_what_measured_them(tmp_path: Path):
     assert "<i>" not in html
 
 
-def test_a_dictionary_that_is_saved_as_another_has_the_name_that_it_was_trained_under(runs: Path):
-    folder = runs / "demo" / "dictionaries" / "bare"
-    config = json.loads((folder / "cfg.json").read_text())
-    changed = {**config, "architecture": "jumprelu", "trained_architecture": "batchtopk"}
-    for fields, name in ((config, config["architecture"]), (changed, "batchtopk"), ({}, "?")):
-        (folder / "cfg.json").write_text(json.dumps(fields))
-        found = find(list_runs(runs), "demo", "bare")
-        assert found is not None
-        assert found.architecture == name
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architecture": "topk"}, "topk"),
+        ({"architecture": "jumprelu", "trained_architecture": "batchtopk"}, "batchtopk"),
+        ({}, "?"),
+    ],
+)
+def test_a_dictionary_has_the_name_that_it_was_trained_under(tmp_path: Path, config: dict[str, str], name: str):
+    folder = tmp_path / "r" / "dictionaries" / "d"
+    folder.mkdir(parents=True)
+    (tmp_path / "r" / "run.json").write_text("{}")
+    (folder / "cfg.json").write_text(json.dumps(config))
+    found = find(list_runs(tmp_path), "r", "d")
+    assert found is not None
+    assert found.architecture == name
